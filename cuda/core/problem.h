@@ -1,0 +1,82 @@
+// What a kernel is asked to do: shapes, dtypes and pointers, the same for CUDA and for the host.
+// Floor 0: plain C++. Every buffer is dense and row-major; the shape stands beside each pointer.
+//
+// Letters (as in the public contract): B batch (all leading axes flattened), T query length, S key/value
+// length, N query heads, K key/value heads (N % K == 0, query head n reads head n / (N / K)), H head
+// dim of query and key, Hv head dim of value. H and Hv are multiples of 8 (Python pads).
+#pragma once
+
+#include <cstdint>
+
+#include "core/mask.h"
+
+namespace jax_flash2 {
+
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class Precision { kDefault, kHigh, kHighest };
+enum class BackwardMode { kFused, kDeterministic, kSplit };
+
+inline constexpr int kMaxHeadDim = 256;
+// Workspaces are padded to whole tiles: T to kTokenTile, H to the next of kHeadDimTile. Every tile
+// size of every kernel divides kTokenTile. jax_flash2/_ffi.py reads both from the module.
+inline constexpr int kTokenTile = 128;
+inline constexpr int kHeadDimTile = 64;
+
+JF2_HOST_DEVICE constexpr int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+struct Shape {
+  int64_t batch;    // B
+  int query_len;    // T
+  int kv_len;       // S
+  int query_heads;  // N
+  int kv_heads;     // K
+  int head_dim;     // H
+  int value_dim;    // Hv
+
+  JF2_HOST_DEVICE int group() const { return query_heads / kv_heads; }
+};
+
+// P = softmax(scale * Q K^T + mask), O = P V, LSE = log sum exp of the row; a row that sees nothing
+// has O = 0 and LSE = -inf.
+struct ForwardProblem {
+  Shape shape;
+  DType dtype;          // of q, k, v, out
+  Precision precision;  // float32 only
+  double scale;
+  BandSpec band;
+  const void* q;  // [B, T, N, H]
+  const void* k;  // [B, S, K, H]
+  const void* v;  // [B, S, K, Hv]
+  void* out;      // [B, T, N, Hv]
+  void* lse;      // [B, N, T], float32 (float64 where dtype is), natural log
+};
+
+// D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),
+// dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO; dK and dV are summed over the heads of a group.
+struct BackwardProblem {
+  Shape shape;
+  DType dtype;  // of everything that is not said to be float32
+  Precision precision;
+  BackwardMode mode;
+  double scale;
+  BandSpec band;
+  const void* q;     // [B, T, N, H]
+  const void* k;     // [B, S, K, H]
+  const void* v;     // [B, S, K, Hv]
+  const void* out;   // [B, T, N, Hv]
+  const void* lse;   // [B, N, T], float32 (float64 where dtype is)
+  const void* dout;  // [B, T, N, Hv]
+  const void* dlse;  // [B, N, T], as lse
+  void* dq;          // [B, T, N, H]
+  void* dk;          // [B, S, K, H]
+  void* dv;          // [B, S, K, Hv]
+  // Workspaces: declared results, so that XLA plans their memory; uninitialised on entry.
+  void* delta;          // [B, N, Tp] as lse: D; Tp = round_up(T, kTokenTile)
+  void* scaled_lse;     // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
+  void* dq_accum;       // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
+  int32_t* semaphores;  // [B, N, Tp / 32]; null unless deterministic
+};
+
+}  // namespace jax_flash2

@@ -1,0 +1,140 @@
+// Thin wrappers of the PTX that sm_80 brought: one instruction a function, named after it. The only
+// place with inline assembly below the sm_90a kernels. Free of std headers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#ifndef JF2_DEVICE
+#define JF2_DEVICE __device__ __forceinline__
+#endif
+
+namespace jax_flash2::ptx {
+
+// A generic pointer to shared memory as the 32-bit address that the instructions below take.
+JF2_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- cp.async: 16 bytes from global to shared memory, past L1. Bytes beyond `valid_bytes` (0 or
+// 16) are written as zeros, and then nothing is read from `global`.
+JF2_DEVICE void cp_async_16(uint32_t shared, const void* global, int valid_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(valid_bytes)
+               : "memory");
+}
+JF2_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits until at most `kPending` of this thread's newest groups are still in flight.
+template <int kPending>
+JF2_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// ---- ldmatrix: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
+// matrix l / 8. `trans` hands out each matrix transposed.
+JF2_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+JF2_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// ---- plain shared-memory accesses by 32-bit address
+JF2_DEVICE float lds_f32(uint32_t shared) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(shared) : "memory");
+  return x;
+}
+JF2_DEVICE float2 lds_f32x2(uint32_t shared) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(shared) : "memory");
+  return x;
+}
+JF2_DEVICE uint4 lds_128(uint32_t shared) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+JF2_DEVICE void sts_32(uint32_t shared, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
+}
+JF2_DEVICE void sts_f32x2(uint32_t shared, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared), "f"(x), "f"(y) : "memory");
+}
+
+// ---- mma.sync: c += a b, float32 accumulators. With g = lane / 4, t = lane % 4, c holds (row g,
+// columns 2t, 2t+1) and (row g + 8, the same columns).
+template <typename Element>
+JF2_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+JF2_DEVICE void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+JF2_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+JF2_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic
+// 2^x to about 2 ulp; 2^-inf is 0.
+JF2_DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+// float32 rounded to the nearest TF32 (10 stored mantissa bits), ties away from zero.
+JF2_DEVICE uint32_t cvt_rna_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// ---- global memory
+JF2_DEVICE void red_add_f32(float* global, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(global), "f"(x) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+JF2_DEVICE void red_add_f32x4(float* global, float4 x) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
+#endif
+JF2_DEVICE int ld_acquire(const int* global) {
+  int x;
+  asm volatile("ld.global.acquire.gpu.s32 %0, [%1];\n" : "=r"(x) : "l"(global) : "memory");
+  return x;
+}
+JF2_DEVICE void red_release_add(int* global, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(global), "r"(x) : "memory");
+}
+
+}  // namespace jax_flash2::ptx

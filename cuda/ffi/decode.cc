@@ -1,0 +1,242 @@
+#include "ffi/decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace jax_flash2::ffi {
+namespace {
+
+using xla::ffi::DataType;
+using Dims = std::vector<int64_t>;
+
+std::string dtype_name(DataType dtype) {
+  switch (dtype) {
+    case DataType::F16: return "float16";
+    case DataType::BF16: return "bfloat16";
+    case DataType::F32: return "float32";
+    case DataType::F64: return "float64";
+    case DataType::S32: return "int32";
+    default: return "dtype " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+std::string describe(DataType dtype, const Dims& dims) {
+  std::string text = dtype_name(dtype) + "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? "," : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+Dims dims_of(const AnyBuffer& buffer) {
+  return Dims(buffer.dimensions().begin(), buffer.dimensions().end());
+}
+
+std::string describe(const AnyBuffer& buffer) {
+  return describe(buffer.element_type(), dims_of(buffer));
+}
+
+Status wrong(std::string_view name, const std::string& expected, const std::string& got) {
+  return Status::invalid_argument("jax_flash2: " + std::string(name) + " should be " + expected +
+                                  ", got " + got);
+}
+
+struct Expectation {
+  const char* name;
+  const AnyBuffer& buffer;
+  DataType dtype;
+  Dims tail;  // the shape after the batch axes
+};
+
+Status check_all(const Dims& batch_axes, std::initializer_list<Expectation> expectations) {
+  for (const Expectation& e : expectations) {
+    Dims dims = batch_axes;
+    dims.insert(dims.end(), e.tail.begin(), e.tail.end());
+    if (e.buffer.element_type() != e.dtype || dims_of(e.buffer) != dims) {
+      return wrong(e.name, describe(e.dtype, dims), describe(e.buffer));
+    }
+  }
+  return {};
+}
+
+Status check_range(std::string_view name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return {};
+  return wrong(name, "in [" + std::to_string(low) + ", " + std::to_string(high) + "]",
+               std::to_string(value));
+}
+
+Status check_head_dim(std::string_view name, int64_t value) {
+  if (value >= 8 && value <= kMaxHeadDim && value % 8 == 0) return {};
+  return wrong(name, "a multiple of 8 in [8, " + std::to_string(kMaxHeadDim) + "]",
+               std::to_string(value));
+}
+
+// What q, k and v say about the call; every other buffer is held against it.
+struct Call {
+  Dims batch_axes;
+  Shape shape;
+  DType dtype;
+  DataType data_type;   // of q, k, v, out and their gradients
+  DataType stats_type;  // of lse and delta
+};
+
+Status decode_dtype(const AnyBuffer& q, Call& call) {
+  call.data_type = q.element_type();
+  call.stats_type = DataType::F32;
+  switch (call.data_type) {
+    case DataType::F16: call.dtype = DType::kFloat16; return {};
+    case DataType::BF16: call.dtype = DType::kBFloat16; return {};
+    case DataType::F32: call.dtype = DType::kFloat32; return {};
+    case DataType::F64:
+      call.dtype = DType::kFloat64;
+      call.stats_type = DataType::F64;
+      return {};
+    default: return wrong("q", "float16, bfloat16, float32 or float64", describe(q));
+  }
+}
+
+Status decode_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, Call& call) {
+  if (Status s = decode_dtype(q, call); !s.ok()) return s;
+  const Dims q_dims = dims_of(q), k_dims = dims_of(k), v_dims = dims_of(v);
+  const size_t rank = q_dims.size();
+  if (rank < 3) return wrong("q", "[*B, T, N, H]", describe(q));
+  const std::string same_rank = "of rank " + std::to_string(rank) + " as q is";
+  if (k_dims.size() != rank) return wrong("k", same_rank, describe(k));
+  if (v_dims.size() != rank) return wrong("v", same_rank, describe(v));
+
+  const int64_t query_len = q_dims[rank - 3], query_heads = q_dims[rank - 2];
+  const int64_t kv_len = k_dims[rank - 3], kv_heads = k_dims[rank - 2];
+  const int64_t head_dim = q_dims[rank - 1], value_dim = v_dims[rank - 1];
+  const int64_t max_int = std::numeric_limits<int32_t>::max();
+  if (Status s = check_range("the query length T", query_len, 0, kMaxLength); !s.ok()) return s;
+  if (Status s = check_range("the key length S", kv_len, 0, kMaxLength); !s.ok()) return s;
+  if (Status s = check_range("the query heads N", query_heads, 1, max_int); !s.ok()) return s;
+  if (Status s = check_range("the key heads K", kv_heads, 1, max_int); !s.ok()) return s;
+  if (Status s = check_head_dim("the head dim H", head_dim); !s.ok()) return s;
+  if (Status s = check_head_dim("the head dim Hv", value_dim); !s.ok()) return s;
+  if (query_heads % kv_heads != 0) {
+    return wrong("the query heads N", "a multiple of the key heads K = " + std::to_string(kv_heads),
+                 std::to_string(query_heads));
+  }
+
+  call.batch_axes = Dims(q_dims.begin(), q_dims.end() - 3);
+  call.shape = {.batch = 1,
+                .query_len = static_cast<int>(query_len),
+                .kv_len = static_cast<int>(kv_len),
+                .query_heads = static_cast<int>(query_heads),
+                .kv_heads = static_cast<int>(kv_heads),
+                .head_dim = static_cast<int>(head_dim),
+                .value_dim = static_cast<int>(value_dim)};
+  for (int64_t axis : call.batch_axes) call.shape.batch *= axis;
+  return check_all(call.batch_axes, {{"k", k, call.data_type, {kv_len, kv_heads, head_dim}},
+                                     {"v", v, call.data_type, {kv_len, kv_heads, value_dim}}});
+}
+
+Status decode_precision(std::string_view text, Precision& precision) {
+  if (text == "default") return precision = Precision::kDefault, Status();
+  if (text == "high") return precision = Precision::kHigh, Status();
+  if (text == "highest") return precision = Precision::kHighest, Status();
+  return wrong("precision", "default, high or highest", std::string(text));
+}
+
+Status decode_mode(std::string_view text, BackwardMode& mode) {
+  if (text == "fused") return mode = BackwardMode::kFused, Status();
+  if (text == "deterministic") return mode = BackwardMode::kDeterministic, Status();
+  if (text == "split") return mode = BackwardMode::kSplit, Status();
+  return wrong("backward", "fused, deterministic or split", std::string(text));
+}
+
+// Scale, band and bounds, which forward and backward share.
+template <class Problem>
+Status decode_mask(const Call& call, const std::optional<AnyBuffer>& bounds,
+                   const AttentionSpec& spec, Problem& problem) {
+  if (!std::isfinite(spec.scale)) return wrong("scale", "finite", std::to_string(spec.scale));
+  problem.scale = spec.scale;
+  const auto edge = [](int64_t x) {
+    return static_cast<int>(std::clamp<int64_t>(x, -kUnbounded, kUnbounded));
+  };
+  problem.band = {.lower = edge(spec.band_lower), .upper = edge(spec.band_upper), .bounds = nullptr};
+  if (!bounds) return {};
+  problem.band.bounds = static_cast<const Bounds*>(bounds->untyped_data());
+  return check_all(call.batch_axes, {{"bounds", *bounds, DataType::S32, {3}}});
+}
+
+}  // namespace
+
+Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem& problem) {
+  Call call;
+  if (Status s = decode_call(b.q, b.k, b.v, call); !s.ok()) return s;
+  const Shape& shape = call.shape;
+  const int64_t T = shape.query_len, N = shape.query_heads;
+  problem = {.shape = shape,
+             .dtype = call.dtype,
+             .precision = Precision::kDefault,
+             .scale = 0,
+             .band = {},
+             .q = b.q.untyped_data(),
+             .k = b.k.untyped_data(),
+             .v = b.v.untyped_data(),
+             .out = b.out.untyped_data(),
+             .lse = b.lse.untyped_data()};
+  if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
+  if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
+  return check_all(call.batch_axes, {{"out", b.out, call.data_type, {T, N, shape.value_dim}},
+                                     {"lse", b.lse, call.stats_type, {N, T}}});
+}
+
+Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProblem& problem) {
+  Call call;
+  if (Status s = decode_call(b.q, b.k, b.v, call); !s.ok()) return s;
+  const Shape& shape = call.shape;
+  problem = {.shape = shape,
+             .dtype = call.dtype,
+             .precision = Precision::kDefault,
+             .mode = BackwardMode::kFused,
+             .scale = 0,
+             .band = {},
+             .q = b.q.untyped_data(),
+             .k = b.k.untyped_data(),
+             .v = b.v.untyped_data(),
+             .out = b.out.untyped_data(),
+             .lse = b.lse.untyped_data(),
+             .dout = b.dout.untyped_data(),
+             .dlse = b.dlse.untyped_data(),
+             .dq = b.dq.untyped_data(),
+             .dk = b.dk.untyped_data(),
+             .dv = b.dv.untyped_data(),
+             .delta = b.delta.untyped_data(),
+             .scaled_lse = b.scaled_lse.untyped_data(),
+             .dq_accum = nullptr,
+             .semaphores = nullptr};
+  if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
+  if (Status s = decode_mode(spec.backward, problem.mode); !s.ok()) return s;
+  if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
+
+  const bool accumulates = problem.mode != BackwardMode::kSplit;
+  const bool ordered = problem.mode == BackwardMode::kDeterministic;
+  if (accumulates) problem.dq_accum = b.dq_accum.untyped_data();
+  if (ordered) problem.semaphores = static_cast<int32_t*>(b.semaphores.untyped_data());
+
+  const DataType data = call.data_type, stats = call.stats_type;
+  const int64_t T = shape.query_len, N = shape.query_heads, S = shape.kv_len, K = shape.kv_heads;
+  const int64_t H = shape.head_dim, Hv = shape.value_dim;
+  const int64_t Tp = round_up(T, kTokenTile), Hp = accumulates ? round_up(H, kHeadDimTile) : 0;
+  return check_all(call.batch_axes,
+                   {{"out", b.out, data, {T, N, Hv}},
+                    {"lse", b.lse, stats, {N, T}},
+                    {"dout", b.dout, data, {T, N, Hv}},
+                    {"dlse", b.dlse, stats, {N, T}},
+                    {"dq", b.dq, data, {T, N, H}},
+                    {"dk", b.dk, data, {S, K, H}},
+                    {"dv", b.dv, data, {S, K, Hv}},
+                    {"delta", b.delta, stats, {N, Tp}},
+                    {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
+                    {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
+                    {"semaphores", b.semaphores, DataType::S32, {N, ordered ? Tp / 32 : 0}}});
+}
+
+}  // namespace jax_flash2::ffi

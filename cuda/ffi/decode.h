@@ -1,0 +1,30 @@
+// Buffers and attributes of a call -> a problem. Everything is checked before any work starts, so a
+// wrong call returns an error and leaves every result untouched; the kernels check nothing again.
+#pragma once
+
+#include <optional>
+
+#include "core/problem.h"
+#include "core/spec.h"
+#include "core/status.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_flash2::ffi {
+
+using xla::ffi::AnyBuffer;
+
+// Shapes as in core/problem.h, with any number of leading batch axes in the place of B.
+struct ForwardBuffers {
+  AnyBuffer q, k, v, out, lse;
+  std::optional<AnyBuffer> bounds = std::nullopt;
+};
+
+struct BackwardBuffers {
+  AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, delta, scaled_lse, dq_accum, semaphores;
+  std::optional<AnyBuffer> bounds = std::nullopt;
+};
+
+Status decode(const ForwardBuffers& buffers, const AttentionSpec& spec, ForwardProblem& problem);
+Status decode(const BackwardBuffers& buffers, const AttentionSpec& spec, BackwardProblem& problem);
+
+}  // namespace jax_flash2::ffi
