@@ -17,18 +17,27 @@ using Dims = std::vector<int64_t>;
 
 std::string dtype_name(DataType dtype) {
   switch (dtype) {
-    case DataType::F16: return "float16";
-    case DataType::BF16: return "bfloat16";
-    case DataType::F32: return "float32";
-    case DataType::F64: return "float64";
-    case DataType::S32: return "int32";
-    default: return "dtype " + std::to_string(static_cast<int>(dtype));
+    case DataType::F16:
+      return "float16";
+    case DataType::BF16:
+      return "bfloat16";
+    case DataType::F32:
+      return "float32";
+    case DataType::F64:
+      return "float64";
+    case DataType::S32:
+      return "int32";
+    default:
+      return "dtype " + std::to_string(static_cast<int>(dtype));
   }
 }
 
 std::string describe(DataType dtype, const Dims& dims) {
   std::string text = dtype_name(dtype) + "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? "," : "") + std::to_string(dims[i]);
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (i > 0) text += ",";
+    text += std::to_string(dims[i]);
+  }
   return text + "]";
 }
 
@@ -88,14 +97,21 @@ Status decode_dtype(const AnyBuffer& q, Call& call) {
   call.data_type = q.element_type();
   call.stats_type = DataType::F32;
   switch (call.data_type) {
-    case DataType::F16: call.dtype = DType::kFloat16; return {};
-    case DataType::BF16: call.dtype = DType::kBFloat16; return {};
-    case DataType::F32: call.dtype = DType::kFloat32; return {};
+    case DataType::F16:
+      call.dtype = DType::kFloat16;
+      return {};
+    case DataType::BF16:
+      call.dtype = DType::kBFloat16;
+      return {};
+    case DataType::F32:
+      call.dtype = DType::kFloat32;
+      return {};
     case DataType::F64:
       call.dtype = DType::kFloat64;
       call.stats_type = DataType::F64;
       return {};
-    default: return wrong("q", "float16, bfloat16, float32 or float64", describe(q));
+    default:
+      return wrong("q", "float16, bfloat16, float32 or float64", describe(q));
   }
 }
 
@@ -159,7 +175,8 @@ Status decode_mask(const Call& call, const std::optional<AnyBuffer>& bounds,
   const auto edge = [](int64_t x) {
     return static_cast<int>(std::clamp<int64_t>(x, -kUnbounded, kUnbounded));
   };
-  problem.band = {.lower = edge(spec.band_lower), .upper = edge(spec.band_upper), .bounds = nullptr};
+  problem.band = {
+      .lower = edge(spec.band_lower), .upper = edge(spec.band_upper), .bounds = nullptr};
   if (!bounds) return {};
   problem.band.bounds = static_cast<const Bounds*>(bounds->untyped_data());
   return check_all(call.batch_axes, {{"bounds", *bounds, DataType::S32, {3}}});

@@ -1,8 +1,9 @@
-// The four FFI handlers, written once for every platform. A Backend names XLA's context (thread pool
-// or stream), the handler's traits, and runs a checked problem.
+// The FFI handlers, written once for every platform. A Backend says what it needs of XLA's context
+// (a thread pool, a stream) and runs a problem that has been checked.
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "core/status.h"
 #include "ffi/decode.h"
@@ -19,10 +20,14 @@ struct Registration {
 inline xla::ffi::Error to_error(const Status& status) {
   using xla::ffi::ErrorCode;
   switch (status.code()) {
-    case StatusCode::kOk: return xla::ffi::Error::Success();
-    case StatusCode::kInvalidArgument: return {ErrorCode::kInvalidArgument, status.message()};
-    case StatusCode::kUnimplemented: return {ErrorCode::kUnimplemented, status.message()};
-    case StatusCode::kInternal: return {ErrorCode::kInternal, status.message()};
+    case StatusCode::kOk:
+      return xla::ffi::Error::Success();
+    case StatusCode::kInvalidArgument:
+      return {ErrorCode::kInvalidArgument, status.message()};
+    case StatusCode::kUnimplemented:
+      return {ErrorCode::kUnimplemented, status.message()};
+    case StatusCode::kInternal:
+      return {ErrorCode::kInternal, status.message()};
   }
   return xla::ffi::Error::Internal("jax_flash2: unknown status code");
 }
@@ -30,18 +35,20 @@ inline xla::ffi::Error to_error(const Status& status) {
 template <class Backend>
 class Handlers {
  public:
+  // A ragged target has one operand more, bounds: the same handler takes it where it is given.
   static std::array<Registration, 4> registrations() {
-    return {{{"jax_flash2_forward", forward<>},
-             {"jax_flash2_forward_ragged", forward<AnyBuffer>},
-             {"jax_flash2_backward", backward<>},
-             {"jax_flash2_backward_ragged", backward<AnyBuffer>}}};
+    return {{{"jax_flash2_forward", forward},
+             {"jax_flash2_forward_ragged", forward},
+             {"jax_flash2_backward", backward},
+             {"jax_flash2_backward_ragged", backward}}};
   }
 
  private:
-  using Error = xla::ffi::Error;
   using Ffi = xla::ffi::Ffi;
+  using Error = xla::ffi::Error;
+  using Bounds = std::optional<AnyBuffer>;
   using Output = xla::ffi::Result<AnyBuffer>;
-  using Context = typename Backend::Context;  // what XLA decodes Backend::Binding into
+  using Context = typename Backend::Context;  // what XLA decodes Backend::ContextTag into
 
   template <class Problem, class Buffers>
   static Error run(Context context, const Buffers& buffers, const AttentionSpec& spec) {
@@ -50,16 +57,67 @@ class Handlers {
     return to_error(Backend::run(problem, context));
   }
 
-  // Bounds is empty, or one AnyBuffer for the ragged targets.
-  template <class... Bounds>
+  static Error run_forward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, Bounds bounds,
+                           Output out, Output lse, AttentionSpec spec) {
+    const ForwardBuffers buffers = {
+        .q = q, .k = k, .v = v, .out = *out, .lse = *lse, .bounds = bounds};
+    return run<ForwardProblem>(context, buffers, spec);
+  }
+
+  static Error run_backward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
+                            AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, Bounds bounds, Output dq,
+                            Output dk, Output dv, Output delta, Output scaled_lse, Output dq_accum,
+                            Output semaphores, AttentionSpec spec) {
+    const BackwardBuffers buffers = {.q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .out = out,
+                                     .lse = lse,
+                                     .dout = dout,
+                                     .dlse = dlse,
+                                     .dq = *dq,
+                                     .dk = *dk,
+                                     .dv = *dv,
+                                     .delta = *delta,
+                                     .scaled_lse = *scaled_lse,
+                                     .dq_accum = *dq_accum,
+                                     .semaphores = *semaphores,
+                                     .bounds = bounds};
+    return run<BackwardProblem>(context, buffers, spec);
+  }
+
+  // XLA's bindings cannot be moved, only extended: hence the recursion on the count.
+  template <int count>
+  static auto operands() {
+    if constexpr (count == 0) {
+      return Ffi::Bind().template Ctx<typename Backend::ContextTag>();
+    } else {
+      return operands<count - 1>().template Arg<AnyBuffer>();
+    }
+  }
+
+  template <int num_operands, int count>
+  static auto operands_and_results() {
+    if constexpr (count == 0) {
+      return operands<num_operands>().template OptionalArg<AnyBuffer>();
+    } else {
+      return operands_and_results<num_operands, count - 1>().template Ret<AnyBuffer>();
+    }
+  }
+
+  template <int num_operands, int num_results>
+  static auto bind() {
+    return operands_and_results<num_operands, num_results>().template Attr<AttentionSpec>("spec");
+  }
+
   static XLA_FFI_Error* forward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler =
-        Ffi::Bind()
-            .Ctx<typename Backend::Binding>()
-            .template Arg<AnyBuffer>()  // q
-            .template Arg<AnyBuffer>()  // k
-            .template Arg<AnyBuffer>()  // v
-            ...
+    static auto* const handler = bind<3, 2>().To(run_forward, Backend::kTraits).release();
+    return handler->Call(frame);
+  }
+
+  static XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame) {
+    static auto* const handler = bind<7, 7>().To(run_backward, Backend::kTraits).release();
+    return handler->Call(frame);
   }
 };
 

@@ -1,0 +1,59 @@
+// What both Python modules export.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <string_view>
+#include <type_traits>
+
+#include "core/problem.h"
+#include "core/spec.h"
+#include "ffi/handlers.h"
+
+namespace jax_flash2::ffi {
+
+template <class T>
+constexpr const char* python_type() {
+  if constexpr (std::is_same_v<T, double>) {
+    return "float";
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    return "int";
+  } else {
+    static_assert(std::is_same_v<T, std::string_view>, "no Python type for this attribute");
+    return "str";
+  }
+}
+
+template <class Backend>
+void define_module(nanobind::module_& m) {
+  namespace nb = nanobind;
+  m.def(
+      "registrations",
+      [] {
+        nb::dict capsules;
+        for (const Registration& r : Handlers<Backend>::registrations()) {
+          capsules[r.target] = nb::capsule(reinterpret_cast<void*>(r.handler));
+        }
+        return capsules;
+      },
+      "The FFI handlers: {target name: capsule}, for jax.ffi.register_ffi_target.");
+  m.def(
+      "attention_spec",
+      [] {
+        nb::list members;
+#define JAX_FLASH2_MEMBER(type, name) members.append(nb::make_tuple(#name, python_type<type>()));
+        JAX_FLASH2_ATTENTION_SPEC(JAX_FLASH2_MEMBER)
+#undef JAX_FLASH2_MEMBER
+        return members;
+      },
+      "Attributes of a call, in order: [(name, type name)]; AttentionSpec in Python has the same.");
+  m.def(
+      "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the FFI headers this module was built with; jaxlib's must not be older.");
+  m.attr("TOKEN_TILE") = kTokenTile;
+  m.attr("HEAD_DIM_TILE") = kHeadDimTile;
+  m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+}
+
+}  // namespace jax_flash2::ffi
