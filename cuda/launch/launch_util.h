@@ -1,0 +1,89 @@
+// What every launcher needs around a kernel: attributes set once, errors as a Status. CUDA only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "core/status.h"
+
+namespace jax_flash2::gpu {
+
+// The status of a runtime call. Clears the thread's last error: it is reported here, and must not
+// surface again in somebody else's check.
+inline Status cuda_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();
+  return Status::internal(std::string("jax_flash2: ") + what + ": " + cudaGetErrorName(error) +
+                          ": " + cudaGetErrorString(error));
+}
+
+// The devices on which something was done already. Beyond its capacity it is simply done again.
+class OncePerDevice {
+ public:
+  bool done(int device) const { return in_range(device) && flags_[device].load(); }
+  void set(int device) {
+    if (in_range(device)) flags_[device].store(true);
+  }
+
+ private:
+  static constexpr int kMaxDevices = 64;
+  static bool in_range(int device) { return device >= 0 && device < kMaxDevices; }
+  std::array<std::atomic<bool>, kMaxDevices> flags_ = {};
+};
+
+// The number of SMs of the current device, asked once a device.
+inline Status multiprocessor_count(int& count) {
+  static std::array<std::atomic<int>, 64> cache = {};
+  int device = 0;
+  if (Status s = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !s.ok()) return s;
+  const bool cached = device >= 0 && device < static_cast<int>(cache.size());
+  if (cached && (count = cache[device].load()) > 0) return {};
+  Status s = cuda_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+                         "the number of multiprocessors");
+  if (s.ok() && cached) cache[device].store(count);
+  return s;
+}
+
+struct LaunchConfig {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;  // dynamic
+  cudaStream_t stream;
+};
+
+// Launches kKernel on a one-dimensional grid; no blocks, no launch. The kernel's limit of dynamic
+// shared memory is raised the first time it runs on a device (a CUDA graph being captured allows
+// it).
+template <auto kKernel, typename... Args>
+Status launch(const LaunchConfig& config, const Args&... args) {
+  if (config.blocks == 0) return {};
+  if (config.blocks > std::numeric_limits<int32_t>::max()) {
+    return Status::invalid_argument("jax_flash2: batch * heads * sequence needs " +
+                                    std::to_string(config.blocks) +
+                                    " thread blocks, a grid holds 2**31 - 1: split the batch");
+  }
+  static OncePerDevice prepared;
+  int device = 0;
+  if (Status s = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !s.ok()) return s;
+  if (!prepared.done(device)) {
+    Status s = cuda_status(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes),
+        "raising a kernel's shared memory limit");
+    if (!s.ok()) return s;
+    prepared.set(device);
+  }
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = dim3(static_cast<unsigned>(config.blocks));
+  launch_config.blockDim = dim3(static_cast<unsigned>(config.threads));
+  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  launch_config.stream = config.stream;
+  return cuda_status(cudaLaunchKernelEx(&launch_config, kKernel, args...), "launching a kernel");
+}
+
+}  // namespace jax_flash2::gpu
