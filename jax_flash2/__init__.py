@@ -1,0 +1,7 @@
+"""FlashAttention-2 for JAX: exact attention in memory linear in the sequence length."""
+
+from jax_flash2._attention import CHECKPOINT_NAMES, attention
+
+__version__ = "0.1.0"
+
+__all__ = ["CHECKPOINT_NAMES", "attention"]

@@ -1,0 +1,169 @@
+"""`attention`: defaults, checks, the spec, and the kernels as a function with a gradient."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from jax_flash2 import _checks, _ffi, _reference
+from jax_flash2._spec import BACKWARD_MODES, AttentionSpec, make_spec
+
+# What the forward saves for the backward beyond its inputs. Saving both by name, with
+# jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES), spares the second forward.
+CHECKPOINT_NAMES = ("jax_flash2_out", "jax_flash2_lse")
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: int | ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    precision: str | jax.lax.Precision | None = None,
+    backward: str = "auto",
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Exact attention in memory linear in T + S, by FlashAttention-2.
+
+    For each batch element and query head n, which reads key/value head n // (N // K),
+
+        O = softmax(scale * Q K^T + M) V,    LSE = log(rowsum(exp(scale * Q K^T + M))),
+
+    with M 0 where a query sees a key and -inf elsewhere. Masks combine by AND. A query that
+    sees no key gives O = 0, LSE = -inf and gradients of 0. Tokens that every query has masked
+    (padding among them) may hold anything, NaN too.
+
+    The arguments that `jax.nn.dot_product_attention` has too mean the same there. Letters: *B
+    any number of batch axes, none too; T, S the lengths of query and key; N, K the heads of
+    query and key.
+
+    Args:
+      query: [*B, T, N, H], float16, bfloat16 or float32; float64 on the CPU. H at most 256.
+      key: [*B, S, K, H] of query's dtype, with N a multiple of K.
+      value: [*B, S, K, Hv] of query's dtype, Hv at most 256.
+      scale: a Python number; None is 1 / sqrt(H).
+      is_causal: query i sees key j only if j <= i + query_offset.
+      query_offset: the position of query 0 among the keys. None is 0, as in jax.nn; S - T
+        aligns the last query with the last key, as FlashAttention does. An int, or an int32
+        array, traced or not, that is a scalar or [*B].
+      query_seq_lengths: int32 [*B]; queries at or past the length are padding.
+      key_value_seq_lengths: int32 [*B]; keys at or past the length are padding.
+      local_window_size: (left, right), or an int w for (w, w): query i sees key j only if
+        i + query_offset - left <= j <= i + query_offset + right. With is_causal, right is 0.
+      precision: how products of float32 inputs are taken: None, "default", "high", "highest" or
+        a jax.lax.Precision. None is jax.default_matmul_precision's, as elsewhere in JAX.
+        Without effect on other dtypes, and on the CPU, where float32 is float32.
+      backward: "fused" takes five matrix products, and on a GPU adds dQ by atomics, so that its
+        last bits may differ between runs; "deterministic" takes five, in a fixed order; "split"
+        takes seven, in no more memory than the gradients. "auto" is the fastest for the call.
+      implementation: None is the kernel for the platform; "xla" the plain definition in
+        jax.numpy, with O(T * S) memory, for comparison.
+      return_residual: returns (output, LSE) instead of output.
+
+    Returns:
+      The output, [*B, T, N, Hv] in query's dtype; with return_residual also the natural
+      log-sum-exp of the logits, [*B, T, N] in float32 (float64 for float64 inputs). Both are
+      differentiable.
+
+    Raises:
+      ValueError: the shapes or values are wrong.
+      TypeError: a dtype or a Python type is wrong.
+      NotImplementedError: the call is right, and there is no kernel for it.
+
+    Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691: the forward and causal
+    masks in section 3.1.1, the backward and grouped heads in 3.1.2.
+    """
+    query, key, value = map(jnp.asarray, (query, key, value))
+    _checks.arrays(query, key, value)
+    batch = query.shape[:-3]
+    scale = _checks.scale(scale, default=1 / math.sqrt(query.shape[-1]))
+    precision = _checks.precision(precision)
+    return_residual = _checks.flag("return_residual", return_residual)
+    _checks.choice("backward", backward, ("auto", *BACKWARD_MODES))
+    _checks.choice("implementation", implementation, (None, "xla"))
+    is_causal = _checks.flag("is_causal", is_causal)
+    window = _checks.window(local_window_size)
+    offset = _checks.query_offset(query_offset, batch)
+    query_lengths = _checks.lengths("query_seq_lengths", query_seq_lengths, batch)
+    kv_lengths = _checks.lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
+
+    if implementation == "xla":
+        out, lse = _reference.attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=offset,
+            query_seq_lengths=query_lengths,
+            key_value_seq_lengths=kv_lengths,
+            local_window_size=window,
+            precision=precision,
+        )
+    else:
+        _checks.limits(query, key, value, _ffi.MAX_HEAD_DIM)
+        static_offset, traced_offset = (offset, None) if isinstance(offset, int) else (0, offset)
+        spec = make_spec(
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            offset=static_offset,
+            precision=precision,
+            backward=backward,
+            dtype=query.dtype,
+        )
+        bounds = _bounds(query, key, traced_offset, query_lengths, kv_lengths)
+        out, lse = _padded_attention(spec, query, key, value, bounds)
+    return (out, lse) if return_residual else out
+
+
+def _bounds(query, key, *columns):
+    """int32 [*B, 3]: query offset, query length and key length; None if none of them is traced."""
+    if all(x is None for x in columns):
+        return None
+    defaults = (0, query.shape[-3], key.shape[-3])
+    columns = [
+        jnp.full(query.shape[:-3], default, jnp.int32) if x is None else x
+        for x, default in zip(columns, defaults, strict=True)
+    ]
+    return jnp.stack(columns, axis=-1)
+
+
+# Under jit an eager call too is one compiled program. Inlined, so that the names stay in sight of
+# jax.checkpoint.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _padded_attention(spec: AttentionSpec, query, key, value, bounds):
+    """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims."""
+    out, lse = _attention(spec, *map(_ffi.pad_head_dim, (query, key, value)), bounds)
+    return out[..., : value.shape[-1]], jnp.swapaxes(lse, -1, -2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec: AttentionSpec, query, key, value, bounds):
+    """(output [*B, T, N, Hv], LSE [*B, N, T]), differentiable in both."""
+    return _ffi.forward(query, key, value, bounds, spec)
+
+
+def _attention_fwd(spec, query, key, value, bounds):
+    out, lse = map(checkpoint_name, _ffi.forward(query, key, value, bounds, spec), CHECKPOINT_NAMES)
+    return (out, lse), (query, key, value, out, lse, bounds)
+
+
+def _attention_bwd(spec, residuals, cotangents):
+    query, key, value, out, lse, bounds = residuals
+    gradients = _ffi.backward(query, key, value, out, lse, *cotangents, bounds, spec)
+    no_gradient = None if bounds is None else np.zeros(bounds.shape, jax.dtypes.float0)
+    return (*gradients, no_gradient)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,0 +1,158 @@
+"""The compiled kernels: loads the modules, registers their targets, and calls them.
+
+Every buffer is dense, and all its leading axes are batch axes, so that XLA's own batching of a call
+("broadcast_all") is the right one. Workspaces are results too: XLA plans their memory.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+try:
+    from jax_flash2 import _cpu
+except ImportError as error:
+    raise ImportError(
+        f"jax_flash2: the compiled module _cpu does not load ({error}). The package was imported "
+        f"from {pathlib.Path(__file__).parent}. If that is the source tree, run from another "
+        "folder or with `python -P`, so that the installed package is found, or `pip install -e .`."
+    ) from error
+
+if importlib.util.find_spec("jax_flash2._cuda") is None:
+    _cuda = None
+else:
+    from jax_flash2 import _cuda
+
+TOKEN_TILE = _cpu.TOKEN_TILE
+HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
+MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
+HEAD_DIM_MULTIPLE = 8
+_SEMAPHORE_ROWS = 32
+
+
+def _check_ffi_version(built: tuple[int, int], header: pathlib.Path):
+    """Handlers newer than jaxlib would break all of JAX, hence before any is registered."""
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header.read_text()))
+    runtime = int(found["MAJOR"]), int(found["MINOR"])
+    if built[0] != runtime[0] or built[1] > runtime[1]:
+        raise ImportError(
+            f"jax_flash2 was built for version {built[0]}.{built[1]} of XLA's FFI, and the jaxlib "
+            f"installed, {jaxlib.__version__}, has {runtime[0]}.{runtime[1]}. Upgrade jax and "
+            "jaxlib, or build jax_flash2 again against this jaxlib."
+        )
+
+
+def _register():
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    modules = [("cpu", _cpu)] + ([("CUDA", _cuda)] if _cuda else [])
+    for _, module in modules:
+        _check_ffi_version(module.ffi_api_version(), header)
+    for platform, module in modules:
+        for target, handler in module.registrations().items():
+            jax.ffi.register_ffi_target(target, handler, platform=platform)
+
+
+_register()
+
+
+def forward(q, k, v, bounds, spec):
+    """(out [*B, T, N, Hv], lse [*B, N, T]) of one call; `bounds` is None or int32 [*B, 3]."""
+    q = _platform_check.bind(q)
+    *batch, t, n, _ = q.shape
+    results = (
+        jax.ShapeDtypeStruct((*batch, t, n, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((*batch, n, t), stats_dtype(q.dtype)),
+    )
+    return _call("jax_flash2_forward", results, (q, k, v), bounds, spec)
+
+
+def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
+    """(dq, dk, dv) of one call."""
+    q = _platform_check.bind(q)
+    results = backward_results(q, k, v, spec.backward)
+    operands = (q, k, v, out, lse, dout, dlse)
+    return _call("jax_flash2_backward", results, operands, bounds, spec)[:3]
+
+
+def backward_results(q, k, v, mode):
+    """What the backward writes: dq, dk, dv; delta, scaled_lse, dq_accum, semaphores."""
+    *batch, t, n, h = q.shape
+    t_padded = _round_up(t, TOKEN_TILE)
+    accum_dim = 0 if mode == "split" else _round_up(h, HEAD_DIM_TILE)
+    semaphores = t_padded // _SEMAPHORE_ROWS if mode == "deterministic" else 0
+    stats = jax.ShapeDtypeStruct((*batch, n, t_padded), stats_dtype(q.dtype))
+    return (
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
+        stats,
+        stats,
+        jax.ShapeDtypeStruct((*batch, n, t_padded, accum_dim), jnp.float32),
+        jax.ShapeDtypeStruct((*batch, n, semaphores), jnp.int32),
+    )
+
+
+def stats_dtype(dtype):
+    """The log-sum-exp of 16-bit inputs is float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def pad_head_dim(x):
+    """The kernels take head dims in multiples of 8; zeros there change nothing."""
+    pad = -x.shape[-1] % HEAD_DIM_MULTIPLE
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]) if pad else x
+
+
+def _call(target, results, operands, bounds, spec):
+    if bounds is not None:
+        target, operands = f"{target}_ragged", (*operands, bounds)
+    call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
+    return call(*operands, spec=dataclasses.asdict(spec))
+
+
+def _round_up(x, multiple):
+    return (x + multiple - 1) // multiple * multiple
+
+
+def _check_platform(ctx, x):
+    """Raises where XLA would find no kernel, or one that refuses: an earlier and clearer text."""
+    way_out = 'Run it on the CPU (jax.default_device), or use implementation="xla".'
+    for platform in ctx.module_context.platforms:
+        if platform not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"jax_flash2.attention: there is no kernel for platform {platform!r}. {way_out}"
+            )
+        if platform == "cuda" and ctx.avals_in[0].dtype == jnp.float64:
+            raise NotImplementedError(
+                f"jax_flash2.attention: there is no float64 kernel for CUDA. {way_out}"
+            )
+        # Lowering for a machine elsewhere (jax.export) is no error.
+        if platform == "cuda" and _cuda is None and _has_cuda_device():
+            raise NotImplementedError(
+                "jax_flash2.attention: this build has no CUDA kernels: "
+                f"{_cpu.cuda_skipped()}. Build it again with nvcc on the PATH, or use "
+                'implementation="xla".'
+            )
+    return [x]
+
+
+def _has_cuda_device():
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+# An identity that leaves nothing behind in the program; only its lowering knows the platform.
+_platform_check = Primitive("jax_flash2_platform_check")
+_platform_check.def_impl(lambda x: x)
+_platform_check.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_platform_check, _check_platform)
+batching.primitive_batchers[_platform_check] = lambda args, axes: (
+    _platform_check.bind(args[0]),
+    axes[0],
+)

@@ -1,0 +1,59 @@
+"""The static half of a call: what jit retraces for, and what the kernels get as attributes."""
+
+import dataclasses
+
+import jax
+
+# A band edge at or past this distance hides nothing; the same number as in cuda/core/mask.h.
+UNBOUNDED = 2**29
+BACKWARD_MODES = ("fused", "deterministic", "split")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """The attributes of a kernel, named, ordered and typed as in cuda/core/spec.h.
+
+    Query i sees key j iff band_lower <= j - i <= band_upper. Specs that compare equal share one
+    compiled call, and 3 == 3.0: use `make_spec`, which makes each field of exactly its type.
+    """
+
+    scale: float
+    band_lower: int
+    band_upper: int
+    precision: str  # "default", "high" or "highest": how float32 products are taken
+    backward: str  # one of BACKWARD_MODES
+
+
+def make_spec(*, scale, is_causal, window, offset, precision, backward, dtype) -> AttentionSpec:
+    """The spec of a checked call; `offset` is the static part of the query offset."""
+    lower, upper = band(is_causal, window, offset)
+    return AttentionSpec(
+        scale=float(scale),
+        band_lower=lower,
+        band_upper=upper,
+        precision=precision_name(precision) if dtype == "float32" else "default",
+        backward="fused" if backward == "auto" else str(backward),
+    )
+
+
+def band(is_causal, window, offset) -> tuple[int, int]:
+    """Causal, window and offset as the one interval that j - i has to lie in."""
+    left, right = (None, None) if window is None else window
+    if is_causal:
+        right = 0
+    lower = -UNBOUNDED if left is None else int(offset) - int(left)
+    upper = UNBOUNDED if right is None else int(offset) + int(right)
+    # An edge may come to lie so far out that it hides everything: it must stay short of UNBOUNDED
+    # on that side, which the kernels read as no edge at all.
+    return max(-UNBOUNDED, min(lower, UNBOUNDED - 1)), min(UNBOUNDED, max(upper, 1 - UNBOUNDED))
+
+
+def precision_name(precision) -> str:
+    """One of JAX's names or aliases (such as "tensorfloat32") as "default", "high" or "highest"."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # as every other product in JAX
+        try:
+            precision = jax.lax.Precision(precision)
+        except ValueError:  # an algorithm of XLA's, such as "F32_F32_F32": never give less
+            precision = jax.lax.Precision.HIGHEST
+    return jax.lax.Precision(precision).name.lower()
