@@ -104,7 +104,7 @@ def scale(x, default):
             "It is compiled into the kernels: multiply query by a traced factor instead.",
         )
     try:
-        number = float(x)
+        number = float(None if isinstance(x, str) else x)
     except (TypeError, ValueError):
         raise wrong(TypeError, "scale", "a Python number", describe(x)) from None
     if not math.isfinite(number):

@@ -56,6 +56,7 @@ def attention(
     some = some_key[..., None, None, None]
     row_sum = jnp.where(some, row_sum, 1)
     out = jnp.einsum("...tkgs,...skh->...tkgh", weights / row_sum, v, precision=precision)
+    out = jnp.where(some, out, 0)
     lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
     return (
         out.reshape(*batch, t, n, value.shape[-1]).astype(query.dtype),

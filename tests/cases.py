@@ -1,0 +1,179 @@
+"""The one table of attention problems: the battery, and whoever times them, read it."""
+
+import dataclasses
+import random
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem, in the letters of the public contract; masks as `attention` takes them."""
+
+    name: str
+    batch: tuple[int, ...] = (2,)
+    t: int = 64
+    s: int = 64
+    n: int = 2
+    k: int = 2
+    h: int = 64
+    hv: int = 64
+    scale: float | None = None
+    is_causal: bool = False
+    query_offset: int | tuple[int, ...] | None = None  # a tuple is traced, one entry a sequence
+    query_seq_lengths: tuple[int, ...] | None = None
+    key_value_seq_lengths: tuple[int, ...] | None = None
+    local_window_size: int | tuple[int, int] | None = None
+    amplitude: float = 1.0  # of the queries: peaked rows
+
+    def __str__(self):
+        return self.name
+
+
+def _same_length(name, length, **fields):
+    return Case(name, t=length, s=length, **fields)
+
+
+_CAUSAL = {"is_causal": True}
+
+SHAPES = [
+    Case("one_token", batch=(1,), t=1, s=1, n=1, k=1, h=8, hv=8),
+    Case("one_query", t=1, s=200, n=4, k=2),
+    Case("one_key", t=130, s=1),
+    Case("no_batch_axis", batch=(), t=33, s=47, h=16, hv=16),
+    Case("three_batch_axes", batch=(2, 1, 3), t=17, s=31, h=16, hv=16),
+    Case("odd_lengths", t=129, s=257),
+    Case("more_queries_than_keys", t=300, s=70),
+    _same_length("one_tile", 128),
+    _same_length("one_past_a_tile", 129),
+    _same_length("several_tiles", 384, batch=(1,)),
+]
+
+HEADS = [
+    Case("grouped_heads", n=6, k=2, t=80, s=100),
+    Case("one_kv_head", n=5, k=1, t=70, s=90, **_CAUSAL),
+    Case("sixteen_heads_a_group", batch=(1,), n=16, k=1, t=40, s=140),
+]
+
+HEAD_DIMS = [
+    *(
+        _same_length(f"head_dim_{h}", 150, batch=(1,), n=2, k=1, h=h, hv=h, is_causal=bool(h % 64))
+        for h in (1, 8, 20, 32, 72, 96, 100, 128, 160, 192, 200, 256)
+    ),
+    _same_length("head_dim_64_causal", 200, **_CAUSAL),
+    _same_length("head_dim_128_causal", 200, batch=(1,), h=128, hv=128, **_CAUSAL),
+    _same_length("head_dim_192_causal", 140, batch=(1,), h=192, hv=192, **_CAUSAL),
+    _same_length("head_dim_256_causal", 140, batch=(1,), h=256, hv=256, **_CAUSAL),
+    _same_length("value_dim_smaller", 150, batch=(1,), h=192, hv=128, **_CAUSAL),
+    _same_length("value_dim_larger", 150, batch=(1,), h=32, hv=96),
+    _same_length("value_dim_much_larger", 100, batch=(1,), h=24, hv=256),
+    _same_length("value_dim_odd", 90, batch=(1,), h=13, hv=7),
+]
+
+MASKS = [
+    Case("causal_t_below_s", t=70, s=200, **_CAUSAL),
+    Case("causal_t_above_s", t=200, s=70, **_CAUSAL),
+    Case("bottom_right", t=70, s=200, query_offset=130, **_CAUSAL),
+    Case("bottom_right_t_above_s", t=200, s=70, query_offset=-130, **_CAUSAL),
+    Case("offset_without_mask", t=70, s=60, query_offset=17),
+    Case("offset_past_all_keys", t=70, s=60, query_offset=1000, **_CAUSAL),
+    Case("offset_before_all_keys", t=70, s=60, query_offset=-1000, **_CAUSAL),
+    Case("offset_traced", t=70, s=200, query_offset=(130, -30), **_CAUSAL),
+    Case("offset_traced_and_window", t=200, s=170, query_offset=(-40, 300), local_window_size=64),
+    _same_length("window", 300, batch=(1,), local_window_size=50),
+    _same_length("window_of_one", 140, local_window_size=0),
+    _same_length("window_left", 300, batch=(1,), local_window_size=(40, 0)),
+    _same_length("window_right", 300, batch=(1,), local_window_size=(0, 40)),
+    _same_length("window_causal", 300, batch=(1,), local_window_size=(100, 7), **_CAUSAL),
+    _same_length("window_wide", 140, local_window_size=(10**6, 10**6)),
+    Case("window_and_offset", t=150, s=300, local_window_size=(30, 20), query_offset=110),
+    Case("window_off_the_keys", t=150, s=90, local_window_size=20),
+]
+
+LENGTHS = [
+    Case("kv_lengths", batch=(4,), t=70, s=200, key_value_seq_lengths=(200, 129, 1, 0)),
+    Case("query_lengths", batch=(4,), t=200, s=70, query_seq_lengths=(200, 129, 1, 0)),
+    Case(
+        "both_lengths",
+        batch=(3,),
+        t=200,
+        s=200,
+        n=4,
+        query_seq_lengths=(200, 64, 77),
+        key_value_seq_lengths=(60, 128, 77),
+        **_CAUSAL,
+    ),
+    Case(
+        "lengths_offset_and_window",
+        batch=(2, 2),
+        t=140,
+        s=260,
+        query_seq_lengths=(140, 100, 3, 130),
+        key_value_seq_lengths=(260, 190, 150, 0),
+        query_offset=(120, 90, 147, -5),
+        local_window_size=(70, 3),
+    ),
+    Case(
+        "lengths_out_of_range",
+        t=30,
+        s=40,
+        query_seq_lengths=(1000, -3),
+        key_value_seq_lengths=(-1, 1000),
+    ),
+    Case("lengths_without_a_batch_axis", batch=(), t=40, s=50, key_value_seq_lengths=(9,)),
+]
+
+ZEROS = [
+    Case("no_queries", t=0, s=20),
+    Case("no_keys", t=20, s=0),
+    Case("no_batch", batch=(0,), t=20, s=20),
+    Case("no_keys_ragged", t=20, s=0, key_value_seq_lengths=(0, 5)),
+]
+
+VALUES = [
+    _same_length("peaked_40", 200, amplitude=40.0),
+    _same_length("peaked_150", 200, amplitude=150.0, **_CAUSAL),
+    _same_length("peaked_150_window", 200, amplitude=150.0, local_window_size=30),
+    _same_length("scale_given", 70, scale=0.4),
+    _same_length("scale_zero", 70, scale=0.0, **_CAUSAL),
+    _same_length("scale_negative", 70, scale=-0.3, **_CAUSAL),
+]
+
+
+def _random_case(seed):
+    """Any mask on any shape: what nobody thought of."""
+    rng = random.Random(seed)
+    t, s = (rng.choice([rng.randint(1, 40), rng.randint(41, 290)]) for _ in range(2))
+    batch = (rng.randint(1, 3),)
+    k = rng.randint(1, 3)
+
+    def maybe(make):
+        return make() if rng.random() < 0.5 else None
+
+    def each(low, high):
+        return tuple(rng.randint(low, high) for _ in range(batch[0]))
+
+    return Case(
+        f"random_{seed}",
+        batch=batch,
+        t=t,
+        s=s,
+        n=k * rng.randint(1, 3),
+        k=k,
+        h=rng.choice([64, rng.randint(1, 140)]),
+        hv=rng.choice([64, rng.randint(1, 140)]),
+        is_causal=rng.random() < 0.5,
+        query_offset=maybe(lambda: rng.choice([s - t, rng.randint(-t, s), each(-t, s)])),
+        query_seq_lengths=maybe(lambda: each(0, t)),
+        key_value_seq_lengths=maybe(lambda: each(0, s)),
+        local_window_size=maybe(lambda: (rng.randint(0, s), rng.randint(0, s))),
+    )
+
+
+RANDOM = [_random_case(seed) for seed in range(16)]
+
+CASES = [*SHAPES, *HEADS, *HEAD_DIMS, *MASKS, *LENGTHS, *ZEROS, *VALUES, *RANDOM]
+assert len({case.name for case in CASES}) == len(CASES)
+
+
+def by_name(*names):
+    table = {case.name: case for case in CASES}
+    return [table[name] for name in names]

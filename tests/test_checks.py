@@ -1,0 +1,198 @@
+"""Wrong calls: which exception, and what its text has to name. All at trace time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flash2
+
+PREFIX = r"^jax_flash2\.attention: "
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+Q, K, V = array(2, 5, 4, 16), array(2, 7, 2, 16), array(2, 7, 2, 24)
+TWO_LENGTHS = array(2, dtype=jnp.int32)
+
+SHAPES = [
+    ("query_of_rank_2", array(5, 16), K, V, ["query", "[*B, T, N, H]", "[5, 16]"]),
+    ("key_of_rank_3", Q, array(7, 2, 16), V, ["key", "batch axes [2]", "[7, 2, 16]"]),
+    (
+        "value_of_rank_5",
+        Q,
+        K,
+        array(1, 2, 7, 2, 24),
+        ["value", "batch axes [2]", "[1, 2, 7, 2, 24]"],
+    ),
+    ("key_of_another_batch", Q, array(3, 7, 2, 16), V, ["key", "batch axes [2]", "[3, 7, 2, 16]"]),
+    ("head_dims_differ", Q, array(2, 7, 2, 8), V, ["key's head dim", "16", "8"]),
+    ("value_of_another_length", Q, K, array(2, 6, 2, 24), ["value", "7, 2", "[2, 6, 2, 24]"]),
+    ("value_of_other_heads", Q, K, array(2, 7, 1, 24), ["value", "7, 2", "[2, 7, 1, 24]"]),
+    (
+        "heads_no_multiple",
+        array(2, 5, 3, 16),
+        K,
+        V,
+        ["number of query heads", "multiple of the number of key heads, 2", "3"],
+    ),
+    ("no_heads", array(2, 5, 0, 16), K, V, ["number of query heads", "at least 1", "0"]),
+    (
+        "no_key_heads",
+        Q,
+        array(2, 7, 0, 16),
+        array(2, 7, 0, 24),
+        ["number of key heads", "at least 1", "0"],
+    ),
+    ("no_head_dim", array(2, 5, 4, 0), array(2, 7, 2, 0), V, ["query's head dim", "at least 1"]),
+]
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize(
+    ("query", "key", "value", "parts"), [s[1:] for s in SHAPES], ids=[s[0] for s in SHAPES]
+)
+def test_shapes(query, key, value, parts, implementation):
+    with pytest.raises(ValueError, match=PREFIX) as error:
+        jax.eval_shape(
+            lambda *x: jax_flash2.attention(*x, implementation=implementation), query, key, value
+        )
+    for part in parts:
+        assert part in str(error.value)
+
+
+DTYPES = [
+    (
+        "integers",
+        (array(2, 5, 4, 16, dtype=jnp.int32), K, V),
+        ["query's dtype", "float16", "int32"],
+    ),
+    (
+        "float8",
+        (Q, array(2, 7, 2, 16, dtype=jnp.float8_e4m3fn), V),
+        ["key's dtype", "float8_e4m3fn"],
+    ),
+    ("complex", (Q, K, array(2, 7, 2, 24, dtype=jnp.complex64)), ["value's dtype", "complex64"]),
+    (
+        "mixed",
+        (Q, array(2, 7, 2, 16, dtype=jnp.bfloat16), V),
+        ["key's dtype", "query's, float32", "bfloat16", "key.astype(query.dtype)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrays", "parts"), [d[1:] for d in DTYPES], ids=[d[0] for d in DTYPES])
+def test_dtypes(arrays, parts):
+    with pytest.raises(TypeError, match=PREFIX) as error:
+        jax.eval_shape(jax_flash2.attention, *arrays)
+    for part in parts:
+        assert part in str(error.value)
+
+
+# Name, arguments, exception, what the text names.
+ARGUMENTS = [
+    ("scale", "0.5", TypeError, ["a Python number", "'0.5'"]),
+    ("scale", np.ones(3), TypeError, ["a Python number", "float64[3]"]),
+    ("scale", float("nan"), ValueError, ["finite", "nan"]),
+    ("scale", float("inf"), ValueError, ["finite", "inf"]),
+    ("is_causal", 1, TypeError, ["True or False", "1"]),
+    ("is_causal", None, TypeError, ["True or False", "None"]),
+    ("return_residual", "yes", TypeError, ["True or False", "'yes'"]),
+    ("query_offset", 1.5, TypeError, ["int32", "1.5"]),
+    ("query_offset", True, TypeError, ["int32", "True"]),
+    ("query_offset", 2**40, ValueError, ["at most 536870912", "1099511627776"]),
+    ("query_offset", np.zeros(2, np.float32), TypeError, ["int32", "float32", "astype"]),
+    ("query_offset", np.zeros(3, np.int32), ValueError, ["batch axes [2]", "[3]"]),
+    ("query_offset", np.zeros((2, 1), np.int32), ValueError, ["batch axes [2]", "[2, 1]"]),
+    ("query_seq_lengths", np.zeros(2, np.float32), TypeError, ["int32", "float32", "astype"]),
+    ("query_seq_lengths", np.zeros(2, np.int8), TypeError, ["int32", "int8", "astype"]),
+    ("query_seq_lengths", np.zeros(3, np.int32), ValueError, ["batch axes [2]", "[3]"]),
+    ("key_value_seq_lengths", np.zeros((), np.int32), ValueError, ["batch axes [2]", "[]"]),
+    ("key_value_seq_lengths", np.zeros((2, 2), np.int32), ValueError, ["batch axes [2]", "[2, 2]"]),
+    ("local_window_size", -1, ValueError, ["at least 0", "-1", "length of the sequence"]),
+    ("local_window_size", (3, -1), ValueError, ["at least 0", "(3, -1)"]),
+    ("local_window_size", (1, 2, 3), TypeError, ["(left, right)", "(1, 2, 3)"]),
+    ("local_window_size", (3, None), TypeError, ["(left, right)", "(3, None)"]),
+    ("local_window_size", 2.0, TypeError, ["(left, right)", "2.0"]),
+    ("local_window_size", True, TypeError, ["(left, right)", "True"]),
+    ("precision", "best", ValueError, ['"highest"', "'best'"]),
+    ("precision", 3.5, ValueError, ['"highest"', "3.5"]),
+    ("backward", "fast", ValueError, ["'auto', 'fused', 'deterministic', 'split'", "'fast'"]),
+    ("backward", None, ValueError, ["'auto'", "None"]),
+    ("implementation", "cudnn", ValueError, ["None, 'xla'", "'cudnn'"]),
+    ("implementation", 0, ValueError, ["None, 'xla'", "0"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "kind", "parts"),
+    ARGUMENTS,
+    ids=[f"{a[0]}-{i}" for i, a in enumerate(ARGUMENTS)],
+)
+def test_arguments(name, argument, kind, parts):
+    with pytest.raises(kind, match=PREFIX + name) as error:
+        jax.eval_shape(lambda *x: jax_flash2.attention(*x, **{name: argument}), Q, K, V)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["scale", "is_causal", "local_window_size"])
+def test_traced_where_static(name):
+    def call(query, key, value, argument):
+        return jax_flash2.attention(query, key, value, **{name: argument})
+
+    with pytest.raises(TypeError, match=rf"{PREFIX}{name} .*got a traced float32"):
+        jax.eval_shape(call, Q, K, V, array())
+
+
+@pytest.mark.parametrize("wide", ["query", "value"])
+def test_head_dim_too_large(wide):
+    h, hv = (264, 16) if wide == "query" else (16, 257)
+    arrays = array(2, 5, 4, h), array(2, 7, 2, h), array(2, 7, 2, hv)
+    with pytest.raises(NotImplementedError, match=f'{wide}.s head dim .* 256, .*"xla"'):
+        jax.eval_shape(jax_flash2.attention, *arrays)
+    out = jax.eval_shape(lambda *x: jax_flash2.attention(*x, implementation="xla"), *arrays)
+    assert out.shape == (2, 5, 4, hv)
+
+
+def test_sequence_too_long():
+    arrays = array(1, 5, 1, 8), array(1, 2**28 + 1, 1, 8), array(1, 2**28 + 1, 1, 8)
+    with pytest.raises(NotImplementedError, match=r"key length .* 268435456, got 268435457"):
+        jax.eval_shape(jax_flash2.attention, *arrays)
+
+
+def test_arguments_after_value_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        jax.eval_shape(lambda *x: jax_flash2.attention(*x, None), Q, K, V)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"scale": np.float32(0.5)},
+        {"scale": 1},
+        {"scale": np.array(0.5)},
+        {"is_causal": np.True_},
+        {"query_offset": np.int64(3)},
+        {"query_offset": [3, 4]},
+        {"local_window_size": [np.int32(3), 4]},
+        {"precision": jax.lax.Precision.HIGH},
+        {"precision": "tensorfloat32"},
+        {"key_value_seq_lengths": [3, 4]},
+    ],
+    ids=str,
+)
+def test_what_is_accepted(arguments):
+    for implementation in (None, "xla"):
+        out, lse = jax.eval_shape(
+            lambda *x, i=implementation: jax_flash2.attention(
+                *x, return_residual=True, implementation=i, **arguments
+            ),
+            Q,
+            K,
+            V,
+        )
+        assert (out.shape, out.dtype) == ((2, 5, 4, 24), jnp.float32)
+        assert (lse.shape, lse.dtype) == ((2, 5, 4), jnp.float32)
