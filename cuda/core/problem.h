@@ -51,6 +51,7 @@ struct ForwardProblem {
   const void* v;  // [B, S, K, Hv]
   void* out;      // [B, T, N, Hv]
   void* lse;      // [B, N, T], float32 (float64 where dtype is), natural log
+  int32_t* next_tile;  // workspace, one number: the queue of tiles of persistent kernels
 };
 
 // D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),

@@ -1,0 +1,116 @@
+// Thin wrappers of the PTX that sm_90a brought: mbarriers, the bulk tensor copy engine (TMA), warpgroup
+// registers and fences. One instruction a function. wgmma itself stands in wgmma.cuh.
+#pragma once
+
+#include <cuda.h>
+
+#include "device/ptx_sm80.cuh"
+#include "device/wgmma.cuh"
+
+namespace jax_flash2::ptx {
+
+// ---- mbarrier: phases of arrivals and, for the copy engine, of bytes
+JF2_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes freshly initialised barriers visible to the copy engine.
+JF2_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+JF2_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+// Arrives once and announces `bytes` that the copy engine will deliver in this phase.
+JF2_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Waits until the phase of parity `parity` has completed.
+JF2_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- TMA: boxes of a 4-D tensor, coordinates innermost first
+JF2_DEVICE void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x0, int x1,
+                            int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+JF2_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t shared, int x0, int x1, int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
+          map),
+      "r"(shared), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+JF2_DEVICE void tma_prefetch_descriptor(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+JF2_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+// Waits until at most `kPending` of this thread's store groups still read shared memory.
+template <int kPending>
+JF2_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
+}
+// Waits until at most `kPending` of this thread's store groups are still in flight.
+template <int kPending>
+JF2_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+// Orders this thread's shared-memory stores before later reads by wgmma or the copy engine.
+JF2_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// ---- warpgroups
+template <int kRegisters>
+JF2_DEVICE void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+JF2_DEVICE void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+JF2_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+JF2_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+template <int kPending>
+JF2_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving uses of a register across a wgmma_wait.
+JF2_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
+// ---- named barriers: `threads` threads meet (sync), or come by without waiting (arrive)
+JF2_DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+JF2_DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- stmatrix: the inverse of ldmatrix
+JF2_DEVICE void stmatrix_x4(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+// ---- wgmma matrix descriptors: start address, leading and stride byte offsets in units of 16 bytes,
+// swizzle mode in the top bits
+enum class Swizzle : uint64_t { k128B = 1, k64B = 2, k32B = 3 };
+JF2_DEVICE uint64_t matrix_descriptor(uint32_t shared, int leading_bytes, int stride_bytes,
+                                      Swizzle swizzle) {
+  return (uint64_t(shared & 0x3FFFF) >> 4) | (uint64_t(leading_bytes >> 4) << 16) |
+         (uint64_t(stride_bytes >> 4) << 32) | (uint64_t(swizzle) << 62);
+}
+
+}  // namespace jax_flash2::ptx

@@ -1,0 +1,78 @@
+// The sm_90a forward of one head-dim template. Compiled for sm_90a alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/sm90/forward.cuh"
+#include "launch/tensor_map.h"
+
+namespace jax_flash2::gpu {
+
+// Keys and values of a section of heads stay in the L2 together.
+inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+// Full attention: head by head. A band makes tiles unequal: longest first within sections of heads.
+inline sm90::TileOrder tile_order(const ForwardProblem& problem, int block_q) {
+  const Shape& s = problem.shape;
+  const int query_tiles = (s.query_len + block_q - 1) / block_q;
+  const int heads = static_cast<int>(s.batch * s.query_heads);
+  const bool even = problem.band.upper >= kUnbounded && problem.band.lower <= -kUnbounded;
+  if (even) return {query_tiles, heads, 0};
+  const int64_t kv_bytes = int64_t{2} * s.kv_len * (s.head_dim + s.value_dim);
+  const int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(1, kv_bytes));
+  return {query_tiles, heads, static_cast<int>(std::min<int64_t>(heads, kv_heads * s.group()))};
+}
+
+template <int kHeadDim>
+Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
+  static constexpr sm90::ForwardTiles kTiles = sm90::forward_tiles(kHeadDim);
+  static_assert(kTiles.head_dim == kHeadDim, "no row for this head dim in tiles_forward.h");
+  const Shape& s = problem.shape;
+
+  CUtensorMap q_map, k_map, v_map, out_map;
+  const auto encode = [&](const void* data, int rows, int heads, int cols, int box_rows,
+                          CUtensorMap& map) {
+    return encode_tensor_map({data, problem.dtype, s.batch, rows, heads, cols, box_rows}, map);
+  };
+  if (Status e = encode(problem.q, s.query_len, s.query_heads, s.head_dim, kTiles.block_q(), q_map);
+      !e.ok())
+    return e;
+  if (Status e = encode(problem.k, s.kv_len, s.kv_heads, s.head_dim, kTiles.block_k, k_map); !e.ok())
+    return e;
+  if (Status e = encode(problem.v, s.kv_len, s.kv_heads, s.value_dim, kTiles.block_k, v_map); !e.ok())
+    return e;
+  if (Status e = encode(problem.out, s.query_len, s.query_heads, s.value_dim, 16, out_map); !e.ok())
+    return e;
+  if (Status e = cuda_status(cudaMemsetAsync(problem.next_tile, 0, sizeof(int32_t), stream),
+                             "clearing the tile queue");
+      !e.ok())
+    return e;
+
+  sm90::ForwardParams params = {
+      .shape = s,
+      .band = problem.band,
+      .scale = static_cast<float>(problem.scale),
+      .scale_log2 = static_cast<float>(problem.scale * M_LOG2E),
+      .order = tile_order(problem, kTiles.block_q()),
+      .lse = static_cast<float*>(problem.lse),
+      .out = problem.out,
+      .next_tile = problem.next_tile,
+  };
+  int multiprocessors = 0;
+  if (Status e = multiprocessor_count(multiprocessors); !e.ok()) return e;
+  const LaunchConfig config = {
+      .blocks = std::min<int64_t>(multiprocessors,
+                                  int64_t{params.order.query_tiles} * params.order.heads),
+      .threads = kTiles.threads(),
+      .shared_bytes = sm90::ForwardSmem<kTiles>::kLaunchBytes,
+      .stream = stream,
+  };
+  return problem.dtype == DType::kFloat16
+             ? launch<sm90::forward_kernel<kHeadDim, Float16>>(config, q_map, k_map, v_map, out_map,
+                                                             params)
+             : launch<sm90::forward_kernel<kHeadDim, BFloat16>>(config, q_map, k_map, v_map, out_map,
+                                                              params);
+}
+
+}  // namespace jax_flash2::gpu
