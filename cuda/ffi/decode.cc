@@ -189,16 +189,14 @@ Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem
   if (Status s = decode_call(b.q, b.k, b.v, call); !s.ok()) return s;
   const Shape& shape = call.shape;
   const int64_t T = shape.query_len, N = shape.query_heads;
-  problem = {.shape = shape,
-             .dtype = call.dtype,
-             .precision = Precision::kDefault,
-             .scale = 0,
-             .band = {},
-             .q = b.q.untyped_data(),
-             .k = b.k.untyped_data(),
-             .v = b.v.untyped_data(),
-             .out = b.out.untyped_data(),
-             .lse = b.lse.untyped_data()};
+  problem = {};
+  problem.shape = shape;
+  problem.dtype = call.dtype;
+  problem.q = b.q.untyped_data();
+  problem.k = b.k.untyped_data();
+  problem.v = b.v.untyped_data();
+  problem.out = b.out.untyped_data();
+  problem.lse = b.lse.untyped_data();
   if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
   if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
   return check_all(call.batch_axes, {{"out", b.out, call.data_type, {T, N, shape.value_dim}},
@@ -209,26 +207,21 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   Call call;
   if (Status s = decode_call(b.q, b.k, b.v, call); !s.ok()) return s;
   const Shape& shape = call.shape;
-  problem = {.shape = shape,
-             .dtype = call.dtype,
-             .precision = Precision::kDefault,
-             .mode = BackwardMode::kFused,
-             .scale = 0,
-             .band = {},
-             .q = b.q.untyped_data(),
-             .k = b.k.untyped_data(),
-             .v = b.v.untyped_data(),
-             .out = b.out.untyped_data(),
-             .lse = b.lse.untyped_data(),
-             .dout = b.dout.untyped_data(),
-             .dlse = b.dlse.untyped_data(),
-             .dq = b.dq.untyped_data(),
-             .dk = b.dk.untyped_data(),
-             .dv = b.dv.untyped_data(),
-             .delta = b.delta.untyped_data(),
-             .scaled_lse = b.scaled_lse.untyped_data(),
-             .dq_accum = nullptr,
-             .semaphores = nullptr};
+  problem = {};
+  problem.shape = shape;
+  problem.dtype = call.dtype;
+  problem.q = b.q.untyped_data();
+  problem.k = b.k.untyped_data();
+  problem.v = b.v.untyped_data();
+  problem.out = b.out.untyped_data();
+  problem.lse = b.lse.untyped_data();
+  problem.dout = b.dout.untyped_data();
+  problem.dlse = b.dlse.untyped_data();
+  problem.dq = b.dq.untyped_data();
+  problem.dk = b.dk.untyped_data();
+  problem.dv = b.dv.untyped_data();
+  problem.delta = b.delta.untyped_data();
+  problem.scaled_lse = b.scaled_lse.untyped_data();
   if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
   if (Status s = decode_mode(spec.backward, problem.mode); !s.ok()) return s;
   if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
