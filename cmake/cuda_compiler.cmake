@@ -119,4 +119,9 @@ endif()
 if(JAX_FLASH2_CUDA_SKIPPED)
   set(archs "")
 endif()
+# Is there code for Hopper, so that its own kernels are worth compiling?
+set(JAX_FLASH2_HAS_SM90 false)
+if(archs MATCHES "(^|;)90")
+  set(JAX_FLASH2_HAS_SM90 true)
+endif()
 set(JAX_FLASH2_CUDA_ARCHS "${archs}")  # shadows the cache entry, which keeps what was asked for

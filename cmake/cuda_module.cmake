@@ -24,16 +24,16 @@ function(add_kernels name)
   target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
 
-# One translation unit a pass and head dim, generated: short compiles, and two cores share the work.
-# cuda/launch/<pass>_instance.cuh defines the template that each instantiates.
-function(generate_instances pass problem result)
+# One translation unit a launcher and head dim, generated: short compiles, and two cores share the
+# work. cuda/launch/<launcher>_instance.cuh defines the template launch_<launcher> that it instantiates.
+function(generate_instances launcher problem result)
   set(sources "")
   foreach(head_dim IN LISTS JAX_FLASH2_HEAD_DIMS)
-    set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/${pass}_hd${head_dim}.cu)
+    set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/${launcher}_hd${head_dim}.cu)
     file(CONFIGURE OUTPUT ${source} @ONLY CONTENT [[
-#include "launch/@pass@_instance.cuh"
+#include "launch/@launcher@_instance.cuh"
 
-template jax_flash2::Status jax_flash2::gpu::launch_@pass@<@head_dim@>(
+template jax_flash2::Status jax_flash2::gpu::launch_@launcher@<@head_dim@>(
     const jax_flash2::@problem@&, cudaStream_t);
 ]])
     list(APPEND sources ${source})
@@ -49,12 +49,17 @@ set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 # The static runtime's own symbols stay inside too.
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
 
-# The mma.sync kernels, for every GPU since Ampere. Kernels that only one architecture can run (wgmma
-# on 90a) are a further family: their own source list, ARCHS 90a-real, if 90 is asked for.
+# The mma.sync kernels, for every GPU since Ampere, and what chooses between the families.
 generate_instances(forward ForwardProblem forward_sources)
 generate_instances(backward BackwardProblem backward_sources)
 file(GLOB launch_sources CONFIGURE_DEPENDS cuda/launch/*.cu cuda/launch/*.cc)
 add_kernels(kernels_sm80 ARCHS ${JAX_FLASH2_CUDA_ARCHS}
             SOURCES ${launch_sources} ${forward_sources} ${backward_sources})
+
+# The wgmma kernels, which only sm_90a can run. jax_flash2_config.h: kHasSm90.
+if(JAX_FLASH2_HAS_SM90)
+  generate_instances(forward_sm90 ForwardProblem forward_sm90_sources)
+  add_kernels(kernels_sm90 ARCHS 90a-real SOURCES ${forward_sm90_sources})
+endif()
 
 install(TARGETS _cuda LIBRARY DESTINATION jax_flash2)

@@ -199,6 +199,11 @@ Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem
   problem.lse = b.lse.untyped_data();
   if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
   if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
+  if (b.next_tile) {
+    problem.next_tile = static_cast<int32_t*>(b.next_tile->untyped_data());
+    Status s = check_all(call.batch_axes, {{"next_tile", *b.next_tile, DataType::S32, {1}}});
+    if (!s.ok()) return s;
+  }
   return check_all(call.batch_axes, {{"out", b.out, call.data_type, {T, N, shape.value_dim}},
                                      {"lse", b.lse, call.stats_type, {N, T}}});
 }
@@ -246,7 +251,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"delta", b.delta, stats, {N, Tp}},
                     {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
-                    {"semaphores", b.semaphores, DataType::S32, {N, ordered ? Tp / 32 : 0}}});
+                    {"semaphores", b.semaphores, DataType::S32, {N, ordered ? Tp / kSemaphoreRows : 0}}});
 }
 
 }  // namespace jax_flash2::ffi

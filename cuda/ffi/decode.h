@@ -17,6 +17,7 @@ using xla::ffi::AnyBuffer;
 struct ForwardBuffers {
   AnyBuffer q, k, v, out, lse;
   std::optional<AnyBuffer> bounds = std::nullopt;
+  std::optional<AnyBuffer> next_tile = std::nullopt;  // the CPU needs none
 };
 
 struct BackwardBuffers {

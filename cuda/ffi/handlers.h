@@ -58,9 +58,10 @@ class Handlers {
   }
 
   static Error run_forward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, Bounds bounds,
-                           Output out, Output lse, AttentionSpec spec) {
-    const ForwardBuffers buffers = {
-        .q = q, .k = k, .v = v, .out = *out, .lse = *lse, .bounds = bounds};
+                           Output out, Output lse, std::optional<Output> next_tile,
+                           AttentionSpec spec) {
+    ForwardBuffers buffers = {.q = q, .k = k, .v = v, .out = *out, .lse = *lse, .bounds = bounds};
+    if (next_tile) buffers.next_tile = **next_tile;
     return run<ForwardProblem>(context, buffers, spec);
   }
 
@@ -105,18 +106,20 @@ class Handlers {
     }
   }
 
-  template <int num_operands, int num_results>
-  static auto bind() {
-    return operands_and_results<num_operands, num_results>().template Attr<AttentionSpec>("spec");
-  }
-
   static XLA_FFI_Error* forward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = bind<3, 2>().To(run_forward, Backend::kTraits).release();
+    static auto* const handler = operands_and_results<3, 2>()
+                                     .template OptionalRet<AnyBuffer>()
+                                     .template Attr<AttentionSpec>("spec")
+                                     .To(run_forward, Backend::kTraits)
+                                     .release();
     return handler->Call(frame);
   }
 
   static XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = bind<7, 7>().To(run_backward, Backend::kTraits).release();
+    static auto* const handler = operands_and_results<7, 7>()
+                                     .template Attr<AttentionSpec>("spec")
+                                     .To(run_backward, Backend::kTraits)
+                                     .release();
     return handler->Call(frame);
   }
 };
