@@ -33,7 +33,7 @@ TOKEN_TILE = _cpu.TOKEN_TILE
 HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
 MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
 HEAD_DIM_MULTIPLE = 8
-_SEMAPHORE_ROWS = 32
+_SEMAPHORE_ROWS = 16
 
 
 def _check_ffi_version(built: tuple[int, int], header: pathlib.Path):

@@ -43,7 +43,7 @@ BACKWARD = {
     "delta": struct(B, N, TP),
     "scaled_lse": struct(B, N, TP),
     "dq_accum": struct(B, N, TP, _cpu.HEAD_DIM_TILE),
-    "semaphores": struct(B, N, TP // 32, dtype="int32"),
+    "semaphores": struct(B, N, TP // 16, dtype="int32"),
 }
 PASSES = {"forward": (FORWARD, 4), "backward": (BACKWARD, 8)}
 

@@ -21,6 +21,8 @@ inline constexpr int kMaxHeadDim = 256;
 // size of every kernel divides kTokenTile. jax_flash2/_ffi.py reads both from the module.
 inline constexpr int kTokenTile = 128;
 inline constexpr int kHeadDimTile = 64;
+// Deterministic mode counts per this many query rows: the smallest tile of a backward kernel.
+inline constexpr int kSemaphoreRows = 16;
 
 JF2_HOST_DEVICE constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -77,7 +79,7 @@ struct BackwardProblem {
   void* delta;          // [B, N, Tp] as lse: D; Tp = round_up(T, kTokenTile)
   void* scaled_lse;     // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
   void* dq_accum;       // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
-  int32_t* semaphores;  // [B, N, Tp / 32]; null unless deterministic
+  int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
 };
 
 }  // namespace jax_flash2
