@@ -1,9 +1,10 @@
 // One warp's matrix products out of shared memory: operands, fragments, accumulators.
 //
-// An operand is a SmemTile seen by one warp as the A (m x k) or B (n x k) side of a product. "Outer" is
-// m or n. kKMajor: the tile's rows are outer and its columns k (Q and K in Q K^T). kOuterMajor: the
-// rows are k and the columns outer (V in P V; dS read as dS^T). Offsets into an operand are compile-time
-// constants after unrolling, so that an address costs at most one exclusive-or.
+// An operand is a SmemTile seen by one warp as the A (m x k) or B (n x k) side of a product.
+// "Outer" is m or n. kKMajor: the tile's rows are outer and its columns k (Q and K in Q K^T).
+// kOuterMajor: the rows are k and the columns outer (V in P V; dS read as dS^T). Offsets into an
+// operand are compile-time constants after unrolling, so that an address costs at most one
+// exclusive-or.
 #pragma once
 
 #include "device/math.cuh"
@@ -25,8 +26,8 @@ class Operand<Math16<Element>, Tile, kSide, kMajor> {
 
   // The operand begins at row `row`, column `col` of the tile, both multiples of 16.
   JF2_DEVICE Operand(Tile tile, int row, int col, int lane) {
-    // Lane l addresses row l % 8 of 8x8 matrix l / 8. The matrices are, in register order, A: (outer 0,
-    // k 0), (outer 8, k 0), (outer 0, k 8), (outer 8, k 8); B: k before outer.
+    // Lane l addresses row l % 8 of 8x8 matrix l / 8. The matrices are, in register order, A:
+    // (outer 0, k 0), (outer 8, k 0), (outer 0, k 8), (outer 8, k 8); B: k before outer.
     const int low = (lane >> 3) & 1, high = lane >> 4;
     const int outer8 = kSide == Side::kA ? low : high, k8 = kSide == Side::kA ? high : low;
     const int row8 = kMajor == Major::kKMajor ? outer8 : k8;
@@ -36,9 +37,9 @@ class Operand<Math16<Element>, Tile, kSide, kMajor> {
   // The 16 x 16 fragment at (outer, k), both multiples of 16.
   template <typename Fragment>
   JF2_DEVICE void load(Fragment& f, int outer, int k) const {
-    const uint32_t a = kMajor == Major::kKMajor ? Tile::step(address_, outer, k)
-                                                : Tile::step(address_, k, outer);
-    uint32_t(&r)[4] = reinterpret_cast<uint32_t(&)[4]>(f.x);
+    const uint32_t a =
+        kMajor == Major::kKMajor ? Tile::step(address_, outer, k) : Tile::step(address_, k, outer);
+    uint32_t (&r)[4] = reinterpret_cast<uint32_t (&)[4]>(f.x);
     if constexpr (kMajor == Major::kKMajor) {
       ptx::ldmatrix_x4(r, a);
     } else {
@@ -50,7 +51,8 @@ class Operand<Math16<Element>, Tile, kSide, kMajor> {
   uint32_t address_;
 };
 
-// float32: 8-byte loads where k is contiguous, 4-byte ones where it is not; k numbered as math.cuh says.
+// float32: 8-byte loads where k is contiguous, 4-byte ones where it is not; k numbered as math.cuh
+// says.
 template <bool kSplit, typename Tile, Side kSide, Major kMajor>
 class Operand<MathTf32<kSplit>, Tile, kSide, kMajor> {
  public:
@@ -99,8 +101,8 @@ using OperandA = Operand<Math, Tile, Side::kA, kMajor>;
 template <typename Math, typename Tile, Major kMajor>
 using OperandB = Operand<Math, Tile, Side::kB, kMajor>;
 
-// A warp's accumulators: kM x kN floats. x[i][j] is the 16 x 8 piece at row 16 i, column 8 j; within it
-// lane (g, t) holds columns 2t, 2t + 1 of row g in [0], [1] and of row g + 8 in [2], [3].
+// A warp's accumulators: kM x kN floats. x[i][j] is the 16 x 8 piece at row 16 i, column 8 j;
+// within it lane (g, t) holds columns 2t, 2t + 1 of row g in [0], [1] and of row g + 8 in [2], [3].
 template <int kM_, int kN_>
 struct Accumulators {
   static constexpr int kM = kM_, kN = kN_;
@@ -117,23 +119,68 @@ struct Accumulators {
   }
 };
 
-// c += A B^T over kK values of k, both operands in shared memory.
+// An A operand held in registers, for one that several products share.
+template <typename Math_, int kM, int kK>
+class RegisterOperandA {
+ public:
+  using Math = Math_;
+
+  template <typename A>
+  JF2_DEVICE void fill(const A& a) {
+#pragma unroll
+    for (int i = 0; i < kM / 16; ++i)
+#pragma unroll
+      for (int k = 0; k < kK / 16; ++k) a.load(f_[i][k], i * 16, k * 16);
+  }
+  JF2_DEVICE void load(typename Math::FragmentA& f, int outer, int k) const {
+    f = f_[outer / 16][k / 16];
+  }
+
+ private:
+  typename Math::FragmentA f_[kM / 16][kK / 16];
+};
+
+// An A operand made of another product's accumulators, rounded to the Math's element.
+template <typename Math_, int kM, int kK>
+class AccumulatorOperandA {
+ public:
+  using Math = Math_;
+
+  JF2_DEVICE explicit AccumulatorOperandA(const Accumulators<kM, kK>& p) : p_(p) {}
+  JF2_DEVICE void load(typename Math::FragmentA& f, int outer, int k) const {
+    f = Math::from_accumulators(p_.x[outer / 16][k / 8], p_.x[outer / 16][k / 8 + 1]);
+  }
+
+ private:
+  const Accumulators<kM, kK>& p_;
+};
+
+// c += A B^T over kK values of k. Fragments are loaded one step ahead of the products that read
+// them.
 template <int kK, typename A, typename B, int kM, int kN>
 JF2_DEVICE void gemm(Accumulators<kM, kN>& c, const A& a, const B& b) {
   using Math = typename A::Math;
+  typename Math::FragmentA fa[2][kM / 16];
+  typename Math::FragmentB fb[2];
+  b.load(fb[0], 0, 0);
 #pragma unroll
-  for (int k = 0; k < kK; k += 16) {
-    typename Math::FragmentA fa[kM / 16];
+  for (int i = 0; i < kM / 16; ++i) a.load(fa[0][i], i * 16, 0);
 #pragma unroll
-    for (int i = 0; i < kM / 16; ++i) a.load(fa[i], i * 16, k);
+  for (int k = 0; k < kK / 16; ++k) {
 #pragma unroll
-    for (int n = 0; n < kN; n += 16) {
-      typename Math::FragmentB fb;
-      b.load(fb, n, k);
+    for (int n = 0; n < kN / 16; ++n) {
+      const int step = k * (kN / 16) + n;
+      if (n + 1 < kN / 16) {
+        b.load(fb[(step + 1) % 2], (n + 1) * 16, k * 16);
+      } else if (k + 1 < kK / 16) {
+        b.load(fb[(step + 1) % 2], 0, (k + 1) * 16);
+#pragma unroll
+        for (int i = 0; i < kM / 16; ++i) a.load(fa[(k + 1) % 2][i], i * 16, (k + 1) * 16);
+      }
 #pragma unroll
       for (int i = 0; i < kM / 16; ++i) {
-        Math::mma(c.x[i][n / 8], fa[i], fb, 0);
-        Math::mma(c.x[i][n / 8 + 1], fa[i], fb, 1);
+        Math::mma(c.x[i][n * 2], fa[k % 2][i], fb[step % 2], 0);
+        Math::mma(c.x[i][n * 2 + 1], fa[k % 2][i], fb[step % 2], 1);
       }
     }
   }
@@ -143,23 +190,7 @@ JF2_DEVICE void gemm(Accumulators<kM, kN>& c, const A& a, const B& b) {
 template <typename Math, typename B, int kM, int kK, int kN>
 JF2_DEVICE void gemm_from_accumulators(Accumulators<kM, kN>& c, const Accumulators<kM, kK>& p,
                                        const B& b) {
-#pragma unroll
-  for (int k = 0; k < kK; k += 16) {
-    typename Math::FragmentA fa[kM / 16];
-#pragma unroll
-    for (int i = 0; i < kM / 16; ++i)
-      fa[i] = Math::from_accumulators(p.x[i][k / 8], p.x[i][k / 8 + 1]);
-#pragma unroll
-    for (int n = 0; n < kN; n += 16) {
-      typename Math::FragmentB fb;
-      b.load(fb, n, k);
-#pragma unroll
-      for (int i = 0; i < kM / 16; ++i) {
-        Math::mma(c.x[i][n / 8], fa[i], fb, 0);
-        Math::mma(c.x[i][n / 8 + 1], fa[i], fb, 1);
-      }
-    }
-  }
+  gemm<kK>(c, AccumulatorOperandA<Math, kM, kK>(p), b);
 }
 
 }  // namespace jax_flash2

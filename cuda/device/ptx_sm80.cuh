@@ -55,7 +55,10 @@ JF2_DEVICE float lds_f32(uint32_t shared) {
 }
 JF2_DEVICE float2 lds_f32x2(uint32_t shared) {
   float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(shared) : "memory");
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(shared)
+               : "memory");
   return x;
 }
 JF2_DEVICE uint4 lds_128(uint32_t shared) {
@@ -64,6 +67,11 @@ JF2_DEVICE uint4 lds_128(uint32_t shared) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "r"(shared)
                : "memory");
+  return x;
+}
+JF2_DEVICE uint32_t lds_32(uint32_t shared) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
   return x;
 }
 JF2_DEVICE void sts_32(uint32_t shared, uint32_t x) {
@@ -103,6 +111,18 @@ JF2_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same value, about which the compiler knows nothing: what depends on it stays where it is
+// written instead of being hoisted out of a loop, where it would hold registers.
+JF2_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+template <typename T>
+JF2_DEVICE T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 // ---- arithmetic
 // 2^x to about 2 ulp; 2^-inf is 0.
 JF2_DEVICE float ex2(float x) {
@@ -118,14 +138,20 @@ JF2_DEVICE uint32_t cvt_rna_tf32(float x) {
 }
 
 // ---- global memory
-JF2_DEVICE void red_add_f32(float* global, float x) {
-  asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(global), "f"(x) : "memory");
+// Only where `active`: a predicate costs less than a branch around the instruction.
+JF2_DEVICE void red_add_f32(float* global, float x, bool active) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p red.global.add.f32 [%0], %1;\n}\n" ::"l"(global),
+      "f"(x), "r"(int(active))
+      : "memory");
 }
 #if __CUDA_ARCH__ >= 900
-JF2_DEVICE void red_add_f32x4(float* global, float4 x) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "f"(x.x), "f"(x.y),
-               "f"(x.z), "f"(x.w)
-               : "memory");
+JF2_DEVICE void red_add_f32x4(float* global, float4 x, bool active) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+      "@p red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(global),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int(active))
+      : "memory");
 }
 #endif
 JF2_DEVICE int ld_acquire(const int* global) {
