@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 try:
     from jax_flash2 import _cpu
@@ -36,10 +36,15 @@ HEAD_DIM_MULTIPLE = 8
 _SEMAPHORE_ROWS = 16
 
 
-def _check_ffi_version(built: tuple[int, int], header: pathlib.Path):
-    """Handlers newer than jaxlib would break all of JAX, hence before any is registered."""
+def ffi_version_of_jaxlib() -> tuple[int, int]:
+    """(major, minor) of XLA's FFI; the headers that jaxlib ships are the only public place."""
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header.read_text()))
-    runtime = int(found["MAJOR"]), int(found["MINOR"])
+    return int(found["MAJOR"]), int(found["MINOR"])
+
+
+def check_ffi_version(built: tuple[int, int], runtime: tuple[int, int]):
+    """Handlers newer than jaxlib would break all of JAX, hence before any is registered."""
     if built[0] != runtime[0] or built[1] > runtime[1]:
         raise ImportError(
             f"jax_flash2 was built for version {built[0]}.{built[1]} of XLA's FFI, and the jaxlib "
@@ -49,11 +54,10 @@ def _check_ffi_version(built: tuple[int, int], header: pathlib.Path):
 
 
 def _register():
-    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    modules = [("cpu", _cpu)] + ([("CUDA", _cuda)] if _cuda else [])
-    for _, module in modules:
-        _check_ffi_version(module.ffi_api_version(), header)
-    for platform, module in modules:
+    modules = {"cpu": _cpu} if _cuda is None else {"cpu": _cpu, "CUDA": _cuda}
+    for module in modules.values():
+        check_ffi_version(module.ffi_api_version(), ffi_version_of_jaxlib())
+    for platform, module in modules.items():
         for target, handler in module.registrations().items():
             jax.ffi.register_ffi_target(target, handler, platform=platform)
 
@@ -63,18 +67,21 @@ _register()
 
 def forward(q, k, v, bounds, spec):
     """(out [*B, T, N, Hv], lse [*B, N, T]) of one call; `bounds` is None or int32 [*B, 3]."""
-    q = _platform_check.bind(q)
+    return _call("jax_flash2_forward", forward_results(q, k, v), (q, k, v), bounds, spec)[:2]
+
+
+def forward_results(q, k, v):
+    """What the forward writes: out, lse; next_tile."""
     *batch, t, n, _ = q.shape
-    results = (
+    return (
         jax.ShapeDtypeStruct((*batch, t, n, v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((*batch, n, t), stats_dtype(q.dtype)),
+        jax.ShapeDtypeStruct((*batch, 1), jnp.int32),
     )
-    return _call("jax_flash2_forward", results, (q, k, v), bounds, spec)
 
 
 def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
     """(dq, dk, dv) of one call."""
-    q = _platform_check.bind(q)
     results = backward_results(q, k, v, spec.backward)
     operands = (q, k, v, out, lse, dout, dlse)
     return _call("jax_flash2_backward", results, operands, bounds, spec)[:3]
@@ -111,14 +118,14 @@ def _call(target, results, operands, bounds, spec):
     if bounds is not None:
         target, operands = f"{target}_ragged", (*operands, bounds)
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    return call(*operands, spec=dataclasses.asdict(spec))
+    return call(*_guard.bind(*operands), spec=dataclasses.asdict(spec))
 
 
 def _round_up(x, multiple):
     return (x + multiple - 1) // multiple * multiple
 
 
-def _check_platform(ctx, x):
+def _check_platform(ctx, *operands):
     """Raises where XLA would find no kernel, or one that refuses: an earlier and clearer text."""
     way_out = 'Run it on the CPU (jax.default_device), or use implementation="xla".'
     for platform in ctx.module_context.platforms:
@@ -133,11 +140,10 @@ def _check_platform(ctx, x):
         # Lowering for a machine elsewhere (jax.export) is no error.
         if platform == "cuda" and _cuda is None and _has_cuda_device():
             raise NotImplementedError(
-                "jax_flash2.attention: this build has no CUDA kernels: "
-                f"{_cpu.cuda_skipped()}. Build it again with nvcc on the PATH, or use "
-                'implementation="xla".'
+                f"jax_flash2.attention: this build has no CUDA kernels ({_cpu.cuda_skipped()}). "
+                f"Build it again with nvcc on the PATH. {way_out}"
             )
-    return [x]
+    return operands
 
 
 def _has_cuda_device():
@@ -147,12 +153,19 @@ def _has_cuda_device():
         return False
 
 
-# An identity that leaves nothing behind in the program; only its lowering knows the platform.
-_platform_check = Primitive("jax_flash2_platform_check")
-_platform_check.def_impl(lambda x: x)
-_platform_check.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_platform_check, _check_platform)
-batching.primitive_batchers[_platform_check] = lambda args, axes: (
-    _platform_check.bind(args[0]),
-    axes[0],
-)
+def _refuse_derivative(primals, tangents):
+    raise NotImplementedError(
+        "jax_flash2.attention: there are no kernels for its second derivative. "
+        'implementation="xla" has derivatives of every order.'
+    )
+
+
+# An identity on a kernel's operands that leaves nothing behind in the program. Its lowering is the
+# first to know the platform, and only a derivative of a derivative asks for its own.
+_guard = Primitive("jax_flash2_guard")
+_guard.multiple_results = True
+_guard.def_impl(lambda *operands: operands)
+_guard.def_abstract_eval(lambda *operands: operands)
+mlir.register_lowering(_guard, _check_platform)
+batching.primitive_batchers[_guard] = lambda operands, axes: (_guard.bind(*operands), axes)
+ad.primitive_jvps[_guard] = _refuse_derivative
