@@ -24,6 +24,7 @@ JF2_DECLARE_KERNELS(baseline)
 #ifdef JAX_FLASH2_CPU_X86
 JF2_DECLARE_KERNELS(avx2)
 JF2_DECLARE_KERNELS(avx512)
+JF2_DECLARE_KERNELS(avx512bf16)
 #endif
 #undef JF2_DECLARE_KERNELS
 
@@ -45,12 +46,22 @@ Kernels choose_kernels() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && limit.empty()) {
+    return {avx512bf16::forward_kernels, avx512bf16::backward_kernels};
+  }
   if (has_avx512 && limit != "avx2" && limit != "baseline") {
     return {avx512::forward_kernels, avx512::backward_kernels};
   }
   if (has_avx2 && limit != "baseline") return {avx2::forward_kernels, avx2::backward_kernels};
 #endif
   return {baseline::forward_kernels, baseline::backward_kernels};
+}
+
+template <class Kernel>
+const auto& for_dtype(const Kernel& kernels, DType type) {
+  return type == DType::kFloat64    ? kernels.real64
+         : type == DType::kBFloat16 ? kernels.bfloat16
+                                    : kernels.single;
 }
 
 const Kernels& kernels() {
@@ -104,8 +115,7 @@ struct Heads {
 }  // namespace
 
 Status forward(const ForwardProblem& problem, Executor& executor) {
-  const ForwardKernel& kernel =
-      problem.dtype == DType::kFloat64 ? kernels().forward.real64 : kernels().forward.single;
+  const ForwardKernel& kernel = for_dtype(kernels().forward, problem.dtype);
   const Heads heads(problem.shape);
   // Large blocks share one packing of K and V among more rows; small ones keep all workers busy.
   int64_t size = kMaxRowBlock;
@@ -122,8 +132,7 @@ Status forward(const ForwardProblem& problem, Executor& executor) {
 }
 
 Status backward(const BackwardProblem& problem, Executor& executor) try {
-  const BackwardKernel& kernel =
-      problem.dtype == DType::kFloat64 ? kernels().backward.real64 : kernels().backward.single;
+  const BackwardKernel& kernel = for_dtype(kernels().backward, problem.dtype);
   const Heads heads(problem.shape);
   constexpr int64_t kPrepared = 1024;
   Status status =

@@ -19,14 +19,21 @@ namespace {
 template <class Unit>
 struct BackwardScratch {
   using R = Real<Unit>;
-  static constexpr int kHeadTile = kKeyBlock * kHeadPitch<R>;
-  // Blocks of keys or rows, by rows and transposed in panels.
-  alignas(64) Unit k[kHeadTile], v[kHeadTile], q[kHeadTile], dout[kHeadTile];
+  static constexpr int kUnitTile = kKeyBlock * kHeadPitch<Unit>,
+                       kRealTile = kKeyBlock * kHeadPitch<R>;
+  static constexpr int kScoreTile = kKeyBlock * kScorePitch;
+  // Blocks of keys or rows: by rows, and two of them transposed in panels.
+  alignas(64) Unit k[kUnitTile], v[kUnitTile], q[kUnitTile], dout[kUnitTile];
   Unit transposed_a[kKeyBlock * kMaxHeadDim], transposed_b[kKeyBlock * kMaxHeadDim];
-  R p[kKeyBlock * kScorePitch], ds[kKeyBlock * kScorePitch];
-  R dk[kHeadTile], dv[kHeadTile], dq[kHeadTile];
+  R p[kScoreTile], ds[kScoreTile];
+  R dk[kRealTile], dv[kRealTile], dq[kRealTile];
   R lse[kRowBlock], delta[kRowBlock];
   LaneInt<R> lo[kRowBlock], hi[kRowBlock];  // each row sees keys [lo, hi)
+  // In pairs along the rows or keys, where a product runs over those.
+  Unit paired_k[kIsPair<Unit> ? kRealTile / 2 : 1], paired_q[kIsPair<Unit> ? kRealTile / 2 : 1],
+      paired_dout[kIsPair<Unit> ? kRealTile / 2 : 1];
+  Unit paired_p[kIsPair<Unit> ? kScoreTile / 2 : 1], paired_ds[kIsPair<Unit> ? kScoreTile / 2 : 1],
+      ds_by_rows[kIsPair<Unit> ? kScoreTile / 2 : 1];
 };
 
 template <class Unit>
@@ -56,10 +63,10 @@ class Backward {
       } else {
         const int64_t at = view_.row_index(row, width);
         const int64_t statistic = view_.statistic_index(row, p_.shape.query_len);
-        read_row(p_.dtype, element(p_.out, p_.dtype, at), width, s_.q);
-        read_row(p_.dtype, element(p_.dout, p_.dtype, at), width, s_.dout);
+        read_row(p_.dtype, element(p_.out, p_.dtype, at), width, s_.dk);
+        read_row(p_.dtype, element(p_.dout, p_.dtype, at), width, s_.dv);
         Vec<R> sum = {};
-        for (int i = 0; i < width; i += kN) sum += load(s_.q + i) * load(s_.dout + i);
+        for (int i = 0; i < width; i += kN) sum += load(s_.dk + i) * load(s_.dv + i);
         for (int i = 0; i < kN; ++i) delta += sum[i];
         delta -= dlse[statistic];
         if (lse[statistic] != -kInf) scaled_lse = lse[statistic] * static_cast<R>(kLog2E);
@@ -99,8 +106,8 @@ class Backward {
     const int count = static_cast<int>(rows.end - rows.begin);
     const Range tokens = view_.tokens(rows);
     const int columns = load_rows(rows);
-    transpose_to_panels(s_.q, columns, p_.shape.head_dim, s_.transposed_a);
-    transpose_to_panels(s_.dout, columns, p_.shape.value_dim, s_.transposed_b);
+    transpose_to_panels(s_.q, columns, head_units(), s_.transposed_a);
+    transpose_to_panels(s_.dout, columns, value_units(), s_.transposed_b);
     for (int i = 0; i < columns; ++i) fill(s_.dq + i * kHeadPitch<R>, padded_head(), R(0));
 
     const Range seen = view_.band().keys_of(tokens);
@@ -109,8 +116,8 @@ class Backward {
       load_keys(real, real);
       const int loaded = static_cast<int>(round_up(real.end - first, 8));
       const Range keys = {first, first + loaded};
-      gemm<Form::kScores, Unit>(loaded, columns, p_.shape.head_dim, s_.k, s_.transposed_a, s_.p);
-      gemm<Form::kScores, Unit>(loaded, columns, p_.shape.value_dim, s_.v, s_.transposed_b, s_.ds);
+      gemm<Form::kScores, Unit>(loaded, columns, head_units(), s_.k, s_.transposed_a, s_.p);
+      gemm<Form::kScores, Unit>(loaded, columns, value_units(), s_.v, s_.transposed_b, s_.ds);
       for (int j = 0; j < columns; j += kN) {
         const Vec<R> lse = load(s_.lse + j), delta = load(s_.delta + j);
         for (int k = 0; k < loaded; ++k) {
@@ -120,10 +127,20 @@ class Backward {
       }
       const bool partial = !view_.band().covers(tokens, keys);
       if (partial) mask_transposed<R>(s_.ds, keys, columns, s_.lo, s_.hi, 0);
+      if constexpr (kIsPair<Unit>) {
+        for (int k = 0; k < loaded; k += 2) {
+          for (int j = 0; j < columns; j += kN) {
+            const R* at = s_.ds + k * kScorePitch + j;
+            store(s_.paired_ds + k / 2 * kScorePitch + j,
+                  pair_lanes(load(at), load(at + kScorePitch)));
+          }
+        }
+      }
       const auto product = partial && tainted_keys_ ? gemm_skipping_zeros<Form::kOuter, Unit>
                                                     : gemm<Form::kOuter, Unit>;
-      product(static_cast<int>(round_up(count, 8)), padded_head(), loaded, s_.ds, s_.k, s_.dq,
-              Update::kAdd, nullptr);
+      product(static_cast<int>(round_up(count, 8)), padded_head(), loaded / kDepth<Unit>,
+              operand<Unit>(s_.ds, s_.paired_ds), operand(s_.k, s_.paired_k), s_.dq, Update::kAdd,
+              nullptr);
     }
     for (int i = 0; i < count; ++i) {
       if (s_.lo[i] < s_.hi[i]) write_dq(rows.begin + i, s_.dq + i * kHeadPitch<R>);
@@ -133,6 +150,8 @@ class Backward {
  private:
   int padded_head() const { return static_cast<int>(round_up(p_.shape.head_dim, kN)); }
   int padded_value() const { return static_cast<int>(round_up(p_.shape.value_dim, kN)); }
+  int head_units() const { return p_.shape.head_dim / kDepth<Unit>; }
+  int value_units() const { return p_.shape.value_dim / kDepth<Unit>; }
 
   // Loads K and V of `block`; what lies outside `seen`, up to a whole vector, is 0.
   void load_keys(Range block, Range seen) {
@@ -141,17 +160,18 @@ class Backward {
       const int key = block.begin + i;
       const bool real = key >= seen.begin && key < seen.end;
       load_row(p_.k, real, view_.key_index(key, p_.shape.head_dim), p_.shape.head_dim,
-               s_.k + i * kHeadPitch<R>);
+               s_.k + i * kHeadPitch<Unit>);
       load_row(p_.v, real, view_.key_index(key, p_.shape.value_dim), p_.shape.value_dim,
-               s_.v + i * kHeadPitch<R>);
+               s_.v + i * kHeadPitch<Unit>);
     }
-    tainted_keys_ = holds_non_finite(s_.k, kHeadPitch<R>, rows, p_.shape.head_dim);
+    tainted_keys_ = holds_non_finite(s_.k, kHeadPitch<Unit>, rows, head_units());
+    if constexpr (kIsPair<Unit>) pair_rows(s_.k, rows, p_.shape.head_dim, s_.paired_k);
   }
-  void load_row(const void* base, bool real, int64_t index, int width, R* to) {
+  void load_row(const void* base, bool real, int64_t index, int width, Unit* to) {
     if (real) {
-      read_row(p_.dtype, element(base, p_.dtype, index), width, to);
+      read_units(p_.dtype, element(base, p_.dtype, index), width, to);
     } else {
-      fill(to, static_cast<int>(round_up(width, kN)), R(0));
+      fill(to, static_cast<int>(round_up(width, kN)), Unit(0));
     }
   }
 
@@ -166,23 +186,23 @@ class Backward {
       s_.lo[i] = keys.begin;
       s_.hi[i] = keys.end;
       load_row(p_.q, real, view_.row_index(row, p_.shape.head_dim), p_.shape.head_dim,
-               s_.q + i * kHeadPitch<R>);
+               s_.q + i * kHeadPitch<Unit>);
       load_row(p_.dout, real, view_.row_index(row, p_.shape.value_dim), p_.shape.value_dim,
-               s_.dout + i * kHeadPitch<R>);
+               s_.dout + i * kHeadPitch<Unit>);
       const int64_t statistic = view_.statistic_index(row, padded_tokens_);
       s_.lse[i] = real ? static_cast<const R*>(p_.scaled_lse)[statistic] : kInf;
       s_.delta[i] = real ? static_cast<const R*>(p_.delta)[statistic] : R(0);
     }
-    tainted_rows_ = holds_non_finite(s_.q, kHeadPitch<R>, padded, p_.shape.head_dim) ||
-                    holds_non_finite(s_.dout, kHeadPitch<R>, padded, p_.shape.value_dim);
+    tainted_rows_ = holds_non_finite(s_.q, kHeadPitch<Unit>, padded, head_units()) ||
+                    holds_non_finite(s_.dout, kHeadPitch<Unit>, padded, value_units());
     return padded;
   }
 
   void begin_keys(Range block, Range seen) {
     load_keys(block, seen);
     const int rows = static_cast<int>(round_up(block.end - block.begin, max(kN, 8)));
-    transpose_to_panels(s_.k, rows, p_.shape.head_dim, s_.transposed_a);
-    transpose_to_panels(s_.v, rows, p_.shape.value_dim, s_.transposed_b);
+    transpose_to_panels(s_.k, rows, head_units(), s_.transposed_a);
+    transpose_to_panels(s_.v, rows, value_units(), s_.transposed_b);
     for (int i = 0; i < rows; ++i) {
       fill(s_.dk + i * kHeadPitch<R>, padded_head(), R(0));
       fill(s_.dv + i * kHeadPitch<R>, padded_value(), R(0));
@@ -192,53 +212,65 @@ class Backward {
   // Step 2 for one block of rows, which sees keys [seen.begin, seen.end) in all.
   void visit_rows(Range block, Range seen, Rows rows, int* turn) {
     const int count = load_rows(rows);
+    if constexpr (kIsPair<Unit>) {
+      pair_rows(s_.q, count, p_.shape.head_dim, s_.paired_q);
+      pair_rows(s_.dout, count, p_.shape.value_dim, s_.paired_dout);
+    }
     // Whole panels of keys; whatever they hold beyond the band is masked.
     constexpr int kStep = kPanel<Unit> > 8 ? kPanel<Unit> : 8;
     const int begin = max(seen.begin - block.begin, 0) / kStep * kStep;
     const int columns =
         static_cast<int>(round_up(min(seen.end, block.end) - block.begin - begin, max(kN, 8)));
     const Range keys = {block.begin + begin, block.begin + begin + columns};
-    const Range tokens = view_.tokens(rows);
-    const int head_dim = p_.shape.head_dim, value_dim = p_.shape.value_dim;
 
-    gemm<Form::kScores, Unit>(count, columns, head_dim, s_.q, s_.transposed_a + begin * head_dim,
-                              s_.p);
-    gemm<Form::kScores, Unit>(count, columns, value_dim, s_.dout,
-                              s_.transposed_b + begin * value_dim, s_.ds);
-    const bool partial = !view_.band().covers(tokens, keys);
-    for (int i = 0; i < count; ++i) softmax_gradient(i, columns, partial, keys.begin);
+    gemm<Form::kScores, Unit>(count, columns, head_units(), s_.q,
+                              s_.transposed_a + begin * head_units(), s_.p);
+    gemm<Form::kScores, Unit>(count, columns, value_units(), s_.dout,
+                              s_.transposed_b + begin * value_units(), s_.ds);
+    const bool partial = !view_.band().covers(view_.tokens(rows), keys);
+    for (int i = 0; i < count; i += kDepth<Unit>) {
+      for (int j = 0; j < columns; j += kN) softmax_gradient(i, j, partial, keys.begin + j);
+    }
 
     const bool skip = partial && tainted_rows_;
     const auto outer = skip ? gemm_skipping_zeros<Form::kOuter, Unit> : gemm<Form::kOuter, Unit>;
-    outer(columns, padded_value(), count, s_.p, s_.dout, s_.dv + begin * kHeadPitch<R>,
-          Update::kAdd, nullptr);
-    outer(columns, padded_head(), count, s_.ds, s_.q, s_.dk + begin * kHeadPitch<R>, Update::kAdd,
-          nullptr);
+    outer(columns, padded_value(), count / kDepth<Unit>, operand<Unit>(s_.p, s_.paired_p),
+          operand(s_.dout, s_.paired_dout), s_.dv + begin * kHeadPitch<R>, Update::kAdd, nullptr);
+    outer(columns, padded_head(), count / kDepth<Unit>, operand<Unit>(s_.ds, s_.paired_ds),
+          operand(s_.q, s_.paired_q), s_.dk + begin * kHeadPitch<R>, Update::kAdd, nullptr);
     if (turn != nullptr) {
       const auto inner = partial && tainted_keys_ ? gemm_skipping_zeros<Form::kInner, Unit>
                                                   : gemm<Form::kInner, Unit>;
-      inner(count, padded_head(), columns, s_.ds, s_.k + begin * kHeadPitch<R>, s_.dq,
+      inner(count, padded_head(), columns / kDepth<Unit>, operand<Unit>(s_.ds, s_.ds_by_rows),
+            operand(s_.k, s_.paired_k) + begin / kDepth<Unit> * kHeadPitch<R>, s_.dq,
             Update::kStore, nullptr);
       add_dq(block.begin / kKeyBlock, seen, rows, turn);
     }
   }
 
-  // P and dS of row i, from S and dP.
-  void softmax_gradient(int i, int columns, bool partial, int first_key) {
-    R* p = s_.p + i * kScorePitch;
-    R* ds = s_.ds + i * kScorePitch;
-    const R lse = s_.lse[i], delta = s_.delta[i];
-    for (int j = 0; j < columns; j += kN) {
-      Vec<R> pj = exp2(load(p + j) * log2_scale_ - lse);
-      Vec<R> dsj = pj * (load(ds + j) - delta);
+  // P and dS from S and dP: of row i (and i + 1, if units are pairs), of a vector of keys.
+  void softmax_gradient(int i, int j, bool partial, int first_key) {
+    Vec<R> p[kDepth<Unit>], ds[kDepth<Unit>];
+    for (int d = 0; d < kDepth<Unit>; ++d) {
+      const int at = (i + d) * kScorePitch + j;
+      p[d] = exp2(load(s_.p + at) * log2_scale_ - s_.lse[i + d]);
+      ds[d] = p[d] * (load(s_.ds + at) - s_.delta[i + d]);
       if (partial) {
-        const auto key = iota<LaneInt<R>>() + LaneInt<R>(first_key + j);
-        const auto allowed = (key >= s_.lo[i]) & (key < s_.hi[i]);
-        pj = allowed ? pj : Vec<R>{};
-        dsj = allowed ? dsj : Vec<R>{};
+        const auto key = iota<LaneInt<R>>() + LaneInt<R>(first_key);
+        const auto allowed = (key >= s_.lo[i + d]) & (key < s_.hi[i + d]);
+        p[d] = allowed ? p[d] : Vec<R>{};
+        ds[d] = allowed ? ds[d] : Vec<R>{};
       }
-      store(p + j, pj);
-      store(ds + j, dsj);
+      if constexpr (kIsPair<Unit>) {
+        store_as_pairs(s_.ds_by_rows + at / 2, ds[d]);
+      } else {
+        store(s_.p + at, p[d]);
+        store(s_.ds + at, ds[d]);
+      }
+    }
+    if constexpr (kIsPair<Unit>) {
+      store(s_.paired_p + i / 2 * kScorePitch + j, pair_lanes(p[0], p[1]));
+      store(s_.paired_ds + i / 2 * kScorePitch + j, pair_lanes(ds[0], ds[1]));
     }
   }
 
@@ -308,7 +340,8 @@ constexpr BackwardKernel kKernel = {
 
 namespace JAX_FLASH2_CPU_ISA {
 extern const BackwardKernels backward_kernels;
-const BackwardKernels backward_kernels = {.single = kKernel<float>, .real64 = kKernel<double>};
+const BackwardKernels backward_kernels = {
+    .single = kKernel<float>, .real64 = kKernel<double>, .bfloat16 = kKernel<BFloat16Unit>};
 }  // namespace JAX_FLASH2_CPU_ISA
 
 }  // namespace jax_flash2::cpu

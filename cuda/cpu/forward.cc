@@ -33,10 +33,13 @@ template <class Unit>
 struct ForwardScratch {
   using R = Real<Unit>;
   alignas(64) Unit k[kKeyTile * kHeadPitch<Unit>];
-  Unit v[kKeyTile / kDepth<Unit> * kHeadPitch<R>];
-  R scores[kKeyTile * kScorePitch];  // S^T, then P^T
+  Unit v[kKeyTile * kHeadPitch<Unit>];
+  R scores[kKeyTile * kScorePitch];  // S^T, then P^T unless that is in pairs
   R rescale[kRowTile];
-  R rows[kRowTile * kHeadPitch<R>];
+  Unit rows[kRowTile * kHeadPitch<Unit>];
+  // V and P^T in pairs along the keys.
+  Unit paired_v[kIsPair<Unit> ? kKeyTile / 2 * kHeadPitch<R> : 1];
+  Unit paired_p[kIsPair<Unit> ? kKeyTile / 2 * kScorePitch : 1];
   RowTile<Unit> tiles[kMaxRowBlock / kRowTile];
 };
 
@@ -86,17 +89,17 @@ class Forward {
       const Range keys = row < rows.end ? view_.keys(row) : Range{0, 0};
       tile.lo[i] = keys.begin;
       tile.hi[i] = keys.end;
-      R* at = s_.rows + i * kHeadPitch<R>;
-      if (keys.empty()) {
-        fill(at, kHeadPitch<R>, R(0));
+      Unit* at = s_.rows + i * kHeadPitch<Unit>;
+      if (keys.empty() || sign_ == 0) {
+        fill(at, kHeadPitch<Unit>, Unit(0));
       } else {
-        read_row(p_.dtype, element(p_.q, p_.dtype, view_.row_index(row, width)), width, at);
-        if (sign_ != 1) {
-          for (int h = 0; h < width; ++h) at[h] *= sign_;
+        read_units(p_.dtype, element(p_.q, p_.dtype, view_.row_index(row, width)), width, at);
+        if (sign_ < 0) {
+          for (int h = 0; h < width / kDepth<Unit>; ++h) at[h] = negated(at[h]);
         }
       }
     }
-    transpose_to_panels(s_.rows, tile.columns, width, tile.q);
+    transpose_to_panels(s_.rows, tile.columns, width / kDepth<Unit>, tile.q);
   }
 
   void load_keys(Range keys) {
@@ -105,15 +108,23 @@ class Forward {
       load_key(p_.k, keys, i, p_.shape.head_dim, s_.k);
       load_key(p_.v, keys, i, p_.shape.value_dim, s_.v);
     }
-    tainted_ = holds_non_finite(s_.v, kHeadPitch<R>, rows, p_.shape.value_dim);
+    tainted_ = holds_non_finite(s_.v, kHeadPitch<Unit>, rows, p_.shape.value_dim / kDepth<Unit>);
+    if constexpr (kIsPair<Unit>) pair_rows(s_.v, rows, p_.shape.value_dim, s_.paired_v);
   }
-  void load_key(const void* base, Range keys, int i, int width, R* tile) {
-    R* at = tile + i * kHeadPitch<R>;
+  void load_key(const void* base, Range keys, int i, int width, Unit* tile) {
+    Unit* at = tile + i * kHeadPitch<Unit>;
     if (keys.begin + i < keys.end) {
-      read_row(p_.dtype, element(base, p_.dtype, view_.key_index(keys.begin + i, width)), width,
-               at);
+      read_units(p_.dtype, element(base, p_.dtype, view_.key_index(keys.begin + i, width)), width,
+                 at);
     } else {
-      fill(at, static_cast<int>(round_up(width, kN)), R(0));
+      fill(at, kHeadPitch<Unit>, Unit(0));
+    }
+  }
+  static Unit negated(Unit x) {
+    if constexpr (kIsPair<Unit>) {
+      return x ^ 0x80008000u;
+    } else {
+      return -x;
     }
   }
 
@@ -137,8 +148,8 @@ class Forward {
     const int columns = static_cast<int>(round_up(p_.shape.value_dim, kN));
     const auto product =
         partial && tainted_ ? gemm_skipping_zeros<Form::kOuter, Unit> : gemm<Form::kOuter, Unit>;
-    product(rows, columns, count / kDepth<Unit>, s_.scores,
-            s_.v + first / kDepth<Unit> * kHeadPitch<R>, tile.out,
+    product(rows, columns, count / kDepth<Unit>, operand<Unit>(s_.scores, s_.paired_p),
+            operand(s_.v, s_.paired_v) + first / kDepth<Unit> * kHeadPitch<R>, tile.out,
             tile.started ? Update::kScaleAdd : Update::kStore, s_.rescale);
     tile.started = true;
   }
@@ -154,10 +165,16 @@ class Forward {
     const Vec<R> shift = now == -kInf ? Vec<R>{} : now;
     const Vec<R> rescale = exp2(before - shift);
     Vec<R> sum = tile.started ? load(tile.sum + j) * rescale : Vec<R>{};
-    for (int k = 0; k < keys; ++k) {
+    for (int k = 0; k < keys; k += kDepth<Unit>) {
       const Vec<R> p = exp2(load(column + k * kScorePitch) * log2_scale_ - shift);
-      store(column + k * kScorePitch, p);
       sum += p;
+      if constexpr (kIsPair<Unit>) {
+        const Vec<R> next = exp2(load(column + (k + 1) * kScorePitch) * log2_scale_ - shift);
+        sum += next;
+        store(s_.paired_p + k / 2 * kScorePitch + j, pair_lanes(p, next));
+      } else {
+        store(column + k * kScorePitch, p);
+      }
     }
     store(tile.max + j, now);
     store(tile.sum + j, sum);
@@ -170,8 +187,8 @@ class Forward {
     for (int i = 0; i < tile.rows; ++i) {
       const int64_t row = tile.first_row + i;
       const bool empty = tile.lo[i] >= tile.hi[i] || tile.sum[i] == 0;
-      if (empty) fill(s_.rows, kHeadPitch<R>, R(0));
-      write_row(p_.dtype, empty ? s_.rows : tile.out + i * kHeadPitch<R>,
+      if (empty) fill(s_.scores, kHeadPitch<R>, R(0));
+      write_row(p_.dtype, empty ? s_.scores : tile.out + i * kHeadPitch<R>,
                 empty ? R(0) : 1 / tile.sum[i], width,
                 element(p_.out, p_.dtype, view_.row_index(row, width)));
       lse[view_.statistic_index(row, p_.shape.query_len)] =
@@ -198,7 +215,8 @@ constexpr ForwardKernel kKernel = {sizeof(ForwardScratch<Unit>), run_forward<Uni
 
 namespace JAX_FLASH2_CPU_ISA {
 extern const ForwardKernels forward_kernels;
-const ForwardKernels forward_kernels = {.single = kKernel<float>, .real64 = kKernel<double>};
+const ForwardKernels forward_kernels = {
+    .single = kKernel<float>, .real64 = kKernel<double>, .bfloat16 = kKernel<BFloat16Unit>};
 }  // namespace JAX_FLASH2_CPU_ISA
 
 }  // namespace jax_flash2::cpu

@@ -8,6 +8,10 @@
 //   kInner:  A by rows: dQ = dS K
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/simd.h"
 
 namespace jax_flash2::cpu {
@@ -17,6 +21,12 @@ using Pair = uint32_t;  // two bfloat16; the lower half is the even k
 
 template <class Unit>
 inline constexpr bool kIsPair = std::is_same_v<Unit, Pair>;
+// What bfloat16 arrays are computed in.
+#if defined(__AVX512BF16__)
+using BFloat16Unit = Pair;
+#else
+using BFloat16Unit = float;
+#endif
 // Elements of k in a unit.
 template <class Unit>
 inline constexpr int kDepth = kIsPair<Unit> ? 2 : 1;
@@ -46,9 +56,9 @@ JF2_INLINE void multiply_add(Vec<R>& acc, R a, Vec<R> b) {
   acc += a * b;
 }
 #if defined(__AVX512BF16__)
-typedef __bf16 PairVec __attribute__((vector_size(64)));
 JF2_INLINE void multiply_add(Vec<float>& acc, Pair a, Vec<Pair> b) {
-  acc = __builtin_ia32_dpbf16ps_v16sf(acc, bit_cast<PairVec>(splat(a)), bit_cast<PairVec>(b));
+  acc = bit_cast<Vec<float>>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(splat(a)), bit_cast<__m512bh>(b)));
 }
 #endif
 

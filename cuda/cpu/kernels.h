@@ -39,8 +39,9 @@ struct ForwardKernel {
 };
 
 struct ForwardKernels {
-  ForwardKernel single;  // computes in float32
-  ForwardKernel real64;  // in float64
+  ForwardKernel single;    // computes in float32
+  ForwardKernel real64;    // in float64
+  ForwardKernel bfloat16;  // products of bfloat16, sums in float32; `single` where there are none
 };
 
 struct BackwardKernel {
@@ -55,7 +56,7 @@ struct BackwardKernel {
 };
 
 struct BackwardKernels {
-  BackwardKernel single, real64;
+  BackwardKernel single, real64, bfloat16;
 };
 
 // Lets another thread run; for waiting loops.

@@ -92,29 +92,89 @@ void fill(T* dst, int n, T value) {
   for (int i = 0; i < n; ++i) dst[i] = value;
 }
 
-// True if any of the rows x width elements is NaN or Inf.
-template <class R>
-bool holds_non_finite(const R* tile, int pitch, int rows, int width) {
+// The n elements at `src` as units along the row, then zeros up to a whole vector of units. Pairs
+// are the bfloat16 elements as they are.
+template <class Unit>
+void read_units(DType type, const char* src, int n, Unit* dst) {
+  if constexpr (kIsPair<Unit>) {
+    __builtin_memcpy(dst, src, n * 2);
+    const int units = n / kDepth<Unit>;
+    fill(dst + units, static_cast<int>(round_up(units, kLanes<Unit>)) - units, Unit(0));
+  } else {
+    read_row(type, src, n, dst);
+  }
+}
+
+// Pairs along the rows become pairs of neighbouring rows: [rows][width / 2] to [rows / 2][width].
+inline void pair_rows(const Pair* tile, int rows, int width, Pair* paired) {
+  constexpr int kN = kLanes<Pair>;
+  for (int r = 0; r < rows; r += 2) {
+    const Pair* even = tile + r * kHeadPitch<Pair>;
+    const Pair* odd = even + kHeadPitch<Pair>;
+    for (int i = 0; i < width; i += kN) {
+      store(paired + r / 2 * kHeadPitch<float> + i,
+            widen(load_as<HalfVec>(even + i / 2)) | widen(load_as<HalfVec>(odd + i / 2)) << 16);
+    }
+  }
+}
+
+// The operand of a product along rows or keys of a tile: pairs have their own copy of it.
+template <class Unit, class T>
+JF2_INLINE const Unit* operand(const T* plain, const Unit* paired) {
+  if constexpr (kIsPair<Unit>) {
+    return paired;
+  } else {
+    return plain;
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Two vectors, rounded to bfloat16 and paired lane by lane.
+JF2_INLINE Vec<Pair> pair_lanes(Vec<float> even, Vec<float> odd) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const auto halves =
+      bit_cast<Halves>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+  return bit_cast<Vec<Pair>>(__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4,
+                                                     20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+// One vector, rounded to bfloat16 and stored in order.
+JF2_INLINE void store_as_pairs(Pair* to, Vec<float> x) {
+  store(to, _mm512_cvtneps_pbh(bit_cast<__m512>(x)));
+}
+#endif
+
+// True if any of rows x width units holds NaN or Inf.
+template <class Unit>
+bool holds_non_finite(const Unit* tile, int pitch, int rows, int width) {
+  using R = Real<Unit>;
   Vec<R> taint = {};
   for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < width; i += kLanes<R>) taint += load(tile + r * pitch + i) * R(0);
+    for (int i = 0; i < width; i += kLanes<Unit>) {
+      const Vec<Unit> x = load(tile + r * pitch + i);
+      if constexpr (kIsPair<Unit>) {
+        taint += bit_cast<Vec<R>>(x & 0xffff0000u) * 0.0f + bit_cast<Vec<R>>(x << 16) * 0.0f;
+      } else {
+        taint += x * R(0);
+      }
+    }
   }
   return any_nan<R>(taint);
 }
 
-// The transpose of a tile of rows: [width][rows], in panels of kPanel rows; rows and width up to
-// whole vectors. `sign` multiplies.
-template <class R>
-void transpose_to_panels(const R* tile, int rows, int width, R* panels) {
-  constexpr int kN = kLanes<R>;
+// The transpose of a tile of rows: [width][rows] units, in panels of kPanel rows; rows and width up
+// to whole vectors.
+template <class Unit>
+void transpose_to_panels(const Unit* tile, int rows, int width, Unit* panels) {
+  constexpr int kN = kLanes<Unit>;
   for (int r = 0; r < rows; r += kN) {
-    R* panel = panels + r / kPanel<R> * kPanel<R> * width + r % kPanel<R>;
+    Unit* panel = panels + r / kPanel<Unit> * kPanel<Unit> * width + r % kPanel<Unit>;
     for (int i = 0; i < width; i += kN) {
-      Vec<R> block[kN];
+      Vec<Unit> block[kN];
 #pragma GCC unroll 16
-      for (int j = 0; j < kN; ++j) block[j] = load(tile + (r + j) * kHeadPitch<R> + i);
-      transpose<R>(block);
-      for (int j = 0; j < kN && i + j < width; ++j) store(panel + (i + j) * kPanel<R>, block[j]);
+      for (int j = 0; j < kN; ++j) block[j] = load(tile + (r + j) * kHeadPitch<Unit> + i);
+      transpose<Unit>(block);
+      for (int j = 0; j < kN && i + j < width; ++j) store(panel + (i + j) * kPanel<Unit>, block[j]);
     }
   }
 }
