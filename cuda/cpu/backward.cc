@@ -198,6 +198,14 @@ class Backward {
     return padded;
   }
 
+  void prefetch_row(int64_t row) {
+    if (row >= view_.num_rows()) return;
+    const int head_dim = p_.shape.head_dim, value_dim = p_.shape.value_dim;
+    prefetch(element(p_.q, p_.dtype, view_.row_index(row, head_dim)), head_dim * size_of(p_.dtype));
+    prefetch(element(p_.dout, p_.dtype, view_.row_index(row, value_dim)),
+             value_dim * size_of(p_.dtype));
+  }
+
   void begin_keys(Range block, Range seen) {
     load_keys(block, seen);
     const int rows = static_cast<int>(round_up(block.end - block.begin, max(kN, 8)));
@@ -229,6 +237,7 @@ class Backward {
                               s_.transposed_b + begin * value_units(), s_.ds);
     const bool partial = !view_.band().covers(view_.tokens(rows), keys);
     for (int i = 0; i < count; i += kDepth<Unit>) {
+      for (int d = 0; d < kDepth<Unit>; ++d) prefetch_row(rows.end + i + d);
       for (int j = 0; j < columns; j += kN) softmax_gradient(i, j, partial, keys.begin + j);
     }
 

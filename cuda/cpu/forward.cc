@@ -71,6 +71,7 @@ class Forward {
     for (int k = keys.begin; k < keys.end; k += kKeyTile) {
       const Range tile = {k, min(k + kKeyTile, keys.end)};
       load_keys(tile);
+      for (int key = tile.end; key < min(tile.end + kKeyTile, keys.end); ++key) prefetch_key(key);
       for (int i = 0; i < tiles; ++i) visit(tile, s_.tiles[i]);
     }
     for (int i = 0; i < tiles; ++i) store_results(s_.tiles[i]);
@@ -110,6 +111,12 @@ class Forward {
     }
     tainted_ = holds_non_finite(s_.v, kHeadPitch<Unit>, rows, p_.shape.value_dim / kDepth<Unit>);
     if constexpr (kIsPair<Unit>) pair_rows(s_.v, rows, p_.shape.value_dim, s_.paired_v);
+  }
+  void prefetch_key(int key) {
+    const int head_dim = p_.shape.head_dim, value_dim = p_.shape.value_dim;
+    prefetch(element(p_.k, p_.dtype, view_.key_index(key, head_dim)), head_dim * size_of(p_.dtype));
+    prefetch(element(p_.v, p_.dtype, view_.key_index(key, value_dim)),
+             value_dim * size_of(p_.dtype));
   }
   void load_key(const void* base, Range keys, int i, int width, Unit* tile) {
     Unit* at = tile + i * kHeadPitch<Unit>;
