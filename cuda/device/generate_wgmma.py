@@ -1,5 +1,7 @@
-"""Writes wgmma.cuh: one wrapper a wgmma shape. Run: python generate_wgmma.py > wgmma.cuh"""
+"""Writes ptx_wgmma.cuh: one wrapper a wgmma shape. Run: python generate_wgmma.py > ptx_wgmma.cuh"""
 
+# Stride between groups of eight rows (1024 bytes, in units of 16) and the 128-byte swizzle mode.
+HIGH = hex(1024 >> 4 | 1 << 30)
 WIDTHS = (32, 64, 80, 96, 112, 128, 192, 256)
 
 HEAD = """\
@@ -9,6 +11,10 @@ HEAD = """\
 // from shared memory (ss) or from registers (rs), B (N x 16) from shared memory. kOuterMajor: the
 // operand's rows are k, its columns m or n. `accumulate` 0 overwrites d. Asynchronous: bracket with
 // wgmma_fence, wgmma_commit and wgmma_wait (ptx_sm90.cuh) and leave d, and a in registers, alone between.
+//
+// A shared operand is the low word of its matrix descriptor (device/smem_sm90.cuh); the high word is the
+// same for all: 128-byte swizzle, 1024 bytes from one group of eight rows to the next. Put together here,
+// it never occupies a register.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,24 +50,26 @@ def function(n, kind, from_registers):
     accumulators = wrapped([f'"+f"(d[{i}])' for i in range(registers)], 8, " " * 10)
     r = registers
     if from_registers:
-        operands = f"{{%{r}, %{r + 1}, %{r + 2}, %{r + 3}}}, %{r + 4}"
-        predicate, major_a = r + 5, ""
-        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)'
+        operands = f"{{%{r}, %{r + 1}, %{r + 2}, %{r + 3}}}, b"
+        predicate = r + 5
+        descriptors = f"mov.b64 b, {{%{r + 4}, {HIGH}}};"
+        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate)'
         template, a = "bool kOuterMajorB", "const uint32_t (&a)[4]"
         majors, major_inputs = f"%{r + 6}", '"n"(int(kOuterMajorB))'
     else:
-        operands = f"%{r}, %{r + 1}"
+        operands = "a, b"
         predicate = r + 2
-        inputs = '"l"(a), "l"(b), "r"(accumulate)'
-        template, a = "bool kOuterMajorA, bool kOuterMajorB", "uint64_t a"
+        descriptors = f"mov.b64 a, {{%{r}, {HIGH}}};\\nmov.b64 b, {{%{r + 1}, {HIGH}}};"
+        inputs = '"r"(a), "r"(b), "r"(accumulate)'
+        template, a = "bool kOuterMajorA, bool kOuterMajorB", "uint32_t a"
         majors = f"%{r + 3}, %{r + 4}"
         major_inputs = '"n"(int(kOuterMajorA)), "n"(int(kOuterMajorB))'
     name = "rs" if from_registers else "ss"
     return f"""\
   template <{template}>
-  static JF2_DEVICE void {name}(float (&d)[{registers}], {a}, uint64_t b, int accumulate) {{
+  static JF2_DEVICE void {name}(float (&d)[{registers}], {a}, uint32_t b, int accumulate) {{
     asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{predicate}, 0;\\n"
+        "{{\\n.reg .pred p;\\n.reg .b64 a, b;\\n{descriptors}\\nsetp.ne.b32 p, %{predicate}, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} "
         "{{{d}}}, "
         "{operands}, p, 1, 1, {majors};\\n}}\\n"

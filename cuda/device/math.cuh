@@ -30,6 +30,12 @@ JF2_DEVICE uint32_t pack2<__nv_bfloat16>(float x, float y) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
 
+// The largest finite number of an element type, about.
+template <typename Element>
+inline constexpr float kLargest = 3e38f;
+template <>
+inline constexpr float kLargest<__half> = 65504.f;
+
 template <typename Element_>
 struct Math16 {
   using Element = Element_;

@@ -1,11 +1,11 @@
 // Thin wrappers of the PTX that sm_90a brought: mbarriers, the bulk tensor copy engine (TMA), warpgroup
-// registers and fences. One instruction a function. wgmma itself stands in wgmma.cuh.
+// registers and fences. One instruction a function. wgmma itself stands in ptx_wgmma.cuh.
 #pragma once
 
 #include <cuda.h>
 
 #include "device/ptx_sm80.cuh"
-#include "device/wgmma.cuh"
+#include "device/ptx_wgmma.cuh"
 
 namespace jax_flash2::ptx {
 
@@ -89,6 +89,14 @@ JF2_DEVICE void wgmma_wait() {
 // Keeps the compiler from moving uses of a register across a wgmma_wait.
 JF2_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
+// A value that all lanes share, so that the compiler knows and keeps it in a uniform register.
+JF2_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+// Hides how a value came about: what is computed from it is not kept in registers across a loop.
+JF2_DEVICE uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- named barriers: `threads` threads meet (sync), or come by without waiting (arrive)
 JF2_DEVICE void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
@@ -102,15 +110,6 @@ JF2_DEVICE void stmatrix_x4(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
-}
-
-// ---- wgmma matrix descriptors: start address, leading and stride byte offsets in units of 16 bytes,
-// swizzle mode in the top bits
-enum class Swizzle : uint64_t { k128B = 1, k64B = 2, k32B = 3 };
-JF2_DEVICE uint64_t matrix_descriptor(uint32_t shared, int leading_bytes, int stride_bytes,
-                                      Swizzle swizzle) {
-  return (uint64_t(shared & 0x3FFFF) >> 4) | (uint64_t(leading_bytes >> 4) << 16) |
-         (uint64_t(stride_bytes >> 4) << 32) | (uint64_t(swizzle) << 62);
 }
 
 }  // namespace jax_flash2::ptx

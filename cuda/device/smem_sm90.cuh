@@ -23,18 +23,17 @@ struct PanelTile {
     return base + (col / kPanelCols) * kPanelBytes + row * kPanelRowBytes +
            (((col % kPanelCols) * 2) ^ ((row & 7) * 16));
   }
-  // Descriptors of the operand that begins at row `row` (a multiple of 8) and covers 16 values of k.
-  // K-major: rows are m or n, columns k; k a multiple of 16.
-  JF2_DEVICE uint64_t k_major(int row, int k) const {
-    return ptx::matrix_descriptor(base + (k / kPanelCols) * kPanelBytes + row * kPanelRowBytes +
-                                      (k % kPanelCols) * 2,
-                                  16, 8 * kPanelRowBytes, ptx::Swizzle::k128B);
+  // The tile as an operand of wgmma: the low word of its descriptor (address and leading offset, both in
+  // units of 16 bytes; ptx_wgmma.cuh adds the high one). What the operand begins with moves by an offset.
+  // K-major: rows are m or n, columns k.
+  JF2_DEVICE uint32_t k_major() const { return base >> 4 | 1 << 16; }
+  // To row `row` (a multiple of 8) and the 16 values of k from `k` (a multiple of 16).
+  static JF2_DEVICE uint32_t k_major_offset(int row, int k) {
+    return ((k / kPanelCols) * kPanelBytes + row * kPanelRowBytes + (k % kPanelCols) * 2) >> 4;
   }
-  // Outer-major: rows are k, columns m or n, all of them.
-  JF2_DEVICE uint64_t outer_major(int k) const {
-    return ptx::matrix_descriptor(base + k * kPanelRowBytes, kPanelBytes, 8 * kPanelRowBytes,
-                                  ptx::Swizzle::k128B);
-  }
+  // Outer-major: rows are k, columns m or n, all of them, a panel every kPanelBytes.
+  JF2_DEVICE uint32_t outer_major() const { return base >> 4 | (kPanelBytes >> 4) << 16; }
+  static JF2_DEVICE uint32_t outer_major_offset(int k) { return (k * kPanelRowBytes) >> 4; }
 };
 
 }  // namespace jax_flash2

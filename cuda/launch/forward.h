@@ -9,7 +9,12 @@
 
 namespace jax_flash2::gpu {
 
+// The sm_80 class: every GPU since Ampere.
 template <int kHeadDim>
 Status launch_forward(const ForwardProblem& problem, cudaStream_t stream);
+
+// Hopper: float16 and bfloat16, with the queue `next_tile`.
+template <int kHeadDim>
+Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream);
 
 }  // namespace jax_flash2::gpu

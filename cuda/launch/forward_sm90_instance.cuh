@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/sm90/forward.cuh"
+#include "launch/forward.h"
 #include "launch/tensor_map.h"
 
 namespace jax_flash2::gpu {
@@ -38,9 +39,11 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
   if (Status e = encode(problem.q, s.query_len, s.query_heads, s.head_dim, kTiles.block_q(), q_map);
       !e.ok())
     return e;
-  if (Status e = encode(problem.k, s.kv_len, s.kv_heads, s.head_dim, kTiles.block_k, k_map); !e.ok())
+  if (Status e = encode(problem.k, s.kv_len, s.kv_heads, s.head_dim, kTiles.block_k, k_map);
+      !e.ok())
     return e;
-  if (Status e = encode(problem.v, s.kv_len, s.kv_heads, s.value_dim, kTiles.block_k, v_map); !e.ok())
+  if (Status e = encode(problem.v, s.kv_len, s.kv_heads, s.value_dim, kTiles.block_k, v_map);
+      !e.ok())
     return e;
   if (Status e = encode(problem.out, s.query_len, s.query_heads, s.value_dim, 16, out_map); !e.ok())
     return e;
@@ -68,11 +71,10 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
       .shared_bytes = sm90::ForwardSmem<kTiles>::kLaunchBytes,
       .stream = stream,
   };
-  return problem.dtype == DType::kFloat16
-             ? launch<sm90::forward_kernel<kHeadDim, Float16>>(config, q_map, k_map, v_map, out_map,
-                                                             params)
-             : launch<sm90::forward_kernel<kHeadDim, BFloat16>>(config, q_map, k_map, v_map, out_map,
-                                                              params);
+  return problem.dtype == DType::kFloat16 ? launch<sm90::forward_kernel<kHeadDim, Float16>>(
+                                                config, q_map, k_map, v_map, out_map, params)
+                                          : launch<sm90::forward_kernel<kHeadDim, BFloat16>>(
+                                                config, q_map, k_map, v_map, out_map, params);
 }
 
 }  // namespace jax_flash2::gpu

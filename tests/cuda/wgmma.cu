@@ -50,14 +50,17 @@ __global__ void product(const Element* a, const Element* b, float* d) {  // a [6
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
-    const uint64_t b_at = kOuterMajorB ? b_columns.outer_major(k) : b_rows.k_major(0, k);
+    const uint32_t b_at = kOuterMajorB ? b_columns.outer_major() + b_columns.outer_major_offset(k)
+                                       : b_rows.k_major() + b_rows.k_major_offset(0, k);
     using Mma = ptx::Wgmma<kN, Element>;
     if constexpr (kA == Source::kRegisters) {
       Mma::template rs<kOuterMajorB>(acc, fragments[k / 16], b_at, k > 0);
     } else if constexpr (kA == Source::kSharedOuterMajor) {
-      Mma::template ss<true, kOuterMajorB>(acc, a_columns.outer_major(k), b_at, k > 0);
+      Mma::template ss<true, kOuterMajorB>(
+          acc, a_columns.outer_major() + a_columns.outer_major_offset(k), b_at, k > 0);
     } else {
-      Mma::template ss<false, kOuterMajorB>(acc, a_rows.k_major(0, k), b_at, k > 0);
+      Mma::template ss<false, kOuterMajorB>(acc, a_rows.k_major() + a_rows.k_major_offset(0, k),
+                                                b_at, k > 0);
     }
   }
   ptx::wgmma_commit();

@@ -57,6 +57,7 @@ struct ForwardParams {
 // One query tile. The producer works it out and leaves it in shared memory; consumers read the few
 // fields they need when they need them, and keep none in registers.
 struct alignas(16) ForwardTile {
+  int index;                  // in the queue
   int batch, head, row;       // row: the first
   Band band;
   Range visible;              // keys that some query of the sequence sees
@@ -75,6 +76,7 @@ JF2_DEVICE void fill_tile(ForwardTile& tile, const ForwardParams& p, int i) {
   const Range rows = {row, min(row + kTiles.block_q(), band.query_length)};
   const Range keys = band.keys_of(rows);
   const int first_key = keys.begin / kBlockK * kBlockK;
+  tile.index = i;
   tile.batch = batch;
   tile.head = t.head - batch * p.shape.query_heads;
   tile.row = row;
@@ -99,8 +101,10 @@ struct ForwardSmem {
   static constexpr int kO = kTiles.q_buffers == 2 ? kV + kTiles.stages * KV::kBytes : kQ;
   static constexpr int kBarriers =
       kV + kTiles.stages * KV::kBytes + (kTiles.q_buffers == 2 ? Q::kBytes : 0);
-  static constexpr int kTileRecords = kBarriers + 16 * (kTiles.q_buffers + 2 * kTiles.stages);
-  static constexpr int kBytes = kTileRecords + int(sizeof(ForwardTile)) * ForwardTile::kSlots;
+  static constexpr int kTileRecords = kBarriers + 16 * (kTiles.q_buffers + 2 * kTiles.stages) + 16;
+  static constexpr int kRedo = kTileRecords + int(sizeof(ForwardTile)) * ForwardTile::kSlots;
+  static constexpr int kWarps = 4 * kTiles.consumers;
+  static constexpr int kBytes = kRedo + 4 * kWarps;
   static constexpr int kLaunchBytes = kBytes + 1024;  // room to align the base
   static_assert(kLaunchBytes <= 232448, "Q, K, V and O must fit the 227 KB of a block");
 
@@ -118,6 +122,10 @@ struct ForwardSmem {
   JF2_DEVICE uint32_t k_empty(int i) const { return stage_barrier(1, i); }
   JF2_DEVICE uint32_t v_full(int i) const { return stage_barrier(2, i); }
   JF2_DEVICE uint32_t v_empty(int i) const { return stage_barrier(3, i); }
+  // Every consumer warp has finished what was handed out.
+  JF2_DEVICE uint32_t drained() const { return stage_barrier(4, 0); }
+  // For each consumer warp, the index of the tile that it could not do with a stale maximum, or -1.
+  JF2_DEVICE int* redo() const { return reinterpret_cast<int*>(tiles + ForwardTile::kSlots); }
 
  private:
   JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
@@ -126,17 +134,13 @@ struct ForwardSmem {
   }
 };
 
-// A position in a ring of kSize slots; the parity flips each time round.
+// Where a running count stands in a ring of kSize slots: the slot, and the parity of its current phase,
+// which flips each time round.
 template <int kSize>
-struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-  JF2_DEVICE void advance() {
-    if (++slot == kSize) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
+struct Ring {
+  static_assert((kSize & (kSize - 1)) == 0, "rings are powers of two");
+  static JF2_DEVICE int slot(uint32_t count) { return count % kSize; }
+  static JF2_DEVICE uint32_t parity(uint32_t count) { return count / kSize & 1; }
 };
 
 // ---- producer: one warp ---------------------------------------------------------------------------
@@ -168,8 +172,9 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
                         const CUtensorMap* k_map, const CUtensorMap* v_map, int lane) {
   using Q = typename ForwardSmem<kTiles>::Q;
   using KV = typename ForwardSmem<kTiles>::KV;
-  RingPosition<kTiles.q_buffers> q;
-  RingPosition<kTiles.stages> k, v;
+  using QRing = Ring<kTiles.q_buffers>;
+  using KVRing = Ring<kTiles.stages>;
+  uint32_t count = 0, k_count = 0, v_count = 0;  // tiles, K and V tiles handed out
   const int group = p.shape.group(), tiles = p.order.tiles();
 
   // V of a step is loaded after K of the step that follows it.
@@ -177,25 +182,27 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   int v_head = 0, v_key = 0, v_batch = 0;
   auto load_waiting_v = [&]() __attribute__((always_inline)) {
     if (!v_waits) return;
-    ptx::mbarrier_wait(smem.v_empty(v.slot), v.parity ^ 1);
+    const int slot = KVRing::slot(v_count);
+    ptx::mbarrier_wait(smem.v_empty(slot), KVRing::parity(v_count) ^ 1);
     if (lane == 0)
-      load_rows(smem.v(v.slot).base, KV::kPanelBytes, KV::kPanels, v_map, smem.v_full(v.slot), v_head,
-                v_key, v_batch);
-    v.advance();
+      load_rows(smem.v(slot).base, KV::kPanelBytes, KV::kPanels, v_map, smem.v_full(slot), v_head, v_key,
+                v_batch);
+    ++v_count;
     v_waits = false;
   };
 
-  int next = blockIdx.x;
-  int count = 0;
-  while (next < tiles) {
+  // Streams tile `index`. Returns the next of the queue if `fetch`: asked for early, so that the round
+  // trip hides behind this tile's loads.
+  auto hand_out = [&](int index, bool fetch) __attribute__((always_inline)) {
+    int next = 0;
     ForwardTile& tile = smem.tiles[count % ForwardTile::kSlots];
     // One Q buffer is free only after the old tile's last product, which needs its last V.
     if constexpr (kTiles.q_buffers == 1) load_waiting_v();
-    ptx::mbarrier_wait(smem.q_empty(q.slot), q.parity ^ 1);
+    const int q_slot = QRing::slot(count);
+    ptx::mbarrier_wait(smem.q_empty(q_slot), QRing::parity(count) ^ 1);
     if (lane == 0) {
-      fill_tile<kTiles>(tile, p, next);
-      // Fetched early: the round trip hides behind this tile's loads.
-      next = atomicAdd(p.next_tile, 1) + gridDim.x;
+      fill_tile<kTiles>(tile, p, index);
+      if (fetch) next = atomicAdd(p.next_tile, 1) + gridDim.x;
     }
     __syncwarp();
     const int head = tile.head, kv_head = head / group, batch = tile.batch, blocks = tile.blocks;
@@ -204,35 +211,64 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
       write_hidden_tile<kTiles>(p, tile, lane);
     } else {
       if (lane == 0)
-        load_rows(smem.q(q.slot).base, Q::kPanelBytes, Q::kPanels, q_map, smem.q_full(q.slot), head,
+        load_rows(smem.q(q_slot).base, Q::kPanelBytes, Q::kPanels, q_map, smem.q_full(q_slot), head,
                   tile.row, batch);
-      q.advance();
       ++count;
     }
     for (int j = 0; j < blocks; ++j) {
       key -= kTiles.block_k;
-      ptx::mbarrier_wait(smem.k_empty(k.slot), k.parity ^ 1);
+      const int slot = KVRing::slot(k_count);
+      ptx::mbarrier_wait(smem.k_empty(slot), KVRing::parity(k_count) ^ 1);
       if (lane == 0)
-        load_rows(smem.k(k.slot).base, KV::kPanelBytes, KV::kPanels, k_map, smem.k_full(k.slot),
-                  kv_head, key, batch);
-      k.advance();
+        load_rows(smem.k(slot).base, KV::kPanelBytes, KV::kPanels, k_map, smem.k_full(slot), kv_head, key,
+                  batch);
+      ++k_count;
       load_waiting_v();
       v_waits = true, v_head = kv_head, v_key = key, v_batch = batch;
     }
-    next = __shfl_sync(~0u, next, 0);
-  }
-  // The end of the queue travels as a tile without keys.
-  load_waiting_v();
-  ptx::mbarrier_wait(smem.q_empty(q.slot), q.parity ^ 1);
-  if (lane == 0) {
-    smem.tiles[count % ForwardTile::kSlots].blocks = 0;
-    ptx::mbarrier_arrive(smem.q_full(q.slot));
+    return __shfl_sync(~0u, next, 0);
+  };
+  // The end of a round travels as a tile without keys.
+  auto hand_out_end = [&]() __attribute__((always_inline)) {
+    load_waiting_v();
+    ptx::mbarrier_wait(smem.q_empty(QRing::slot(count)), QRing::parity(count) ^ 1);
+    if (lane == 0) {
+      smem.tiles[count % ForwardTile::kSlots].blocks = 0;
+      ptx::mbarrier_arrive(smem.q_full(QRing::slot(count)));
+    }
+    ++count;
+  };
+
+  // Two rounds: the queue, then what consumers found that they have to do again.
+  int next = blockIdx.x, done = 0;
+#pragma unroll 1
+  for (int round = 0; round < 2; ++round) {
+    while (true) {
+      if (round == 1) {
+        const int* redo = smem.redo();
+        next = -1;
+        while (next < 0 && done < ForwardSmem<kTiles>::kWarps) {
+          next = redo[done];
+          for (int i = 0; i < done; ++i)
+            if (redo[i] == next) next = -1;  // another warp's too
+          ++done;
+        }
+      }
+      if (round == 0 ? next >= tiles : next < 0) break;
+      next = hand_out(next, round == 0);
+    }
+    hand_out_end();
+    ptx::mbarrier_wait(smem.drained(), round);
   }
 }
 
 // ---- consumer -----------------------------------------------------------------------------------
 
 enum NamedBarrier { kTurn = 1, kWarpgroup = 5, kAllConsumers = 9 };  // + warpgroup for the first two
+
+// What a warp takes for the row maximum of a block that the band does not cut: the stale one, until that
+// failed once; in the second round, which does those tiles again, nothing but a look.
+enum class Trust { kStale, kNothing, kLastRound };
 
 template <ForwardTiles kTiles, typename Math>
 struct Consumer {
@@ -247,6 +283,10 @@ struct Consumer {
   const CUtensorMap* out_map;
   const int warpgroup, warp, lane;  // warp within the warpgroup
 
+  // Sums of a thread's P in one step beyond which the stale maximum is not trusted: far below what
+  // P as an element and O as a float32 can hold.
+  static constexpr float kStaleLimit = kLargest<Element> < 1e5f ? 32768.f : 16777216.f;
+
   float s[kS], o[kO];
   uint32_t packed[kTiles.block_k / 4];
   float m[2], l[2];  // of rows g and g + 8; l of this thread's columns alone
@@ -254,19 +294,21 @@ struct Consumer {
   JF2_DEVICE int row_in_tile() const { return warpgroup * 64 + warp * 16 + (lane >> 2); }
 
   JF2_DEVICE void issue_qk(int q_slot, int k_slot) {
-    const typename Smem::Q q = smem.q(q_slot);
-    const typename Smem::KV k = smem.k(k_slot);
+    const uint32_t q = ptx::opaque(smem.q(q_slot).k_major() +
+                                   Smem::Q::k_major_offset(warpgroup * 64, 0));
+    const uint32_t k = ptx::opaque(smem.k(k_slot).k_major());
 #pragma unroll
     for (int d = 0; d < kTiles.head_dim; d += 16)
-      QkMma::template ss<false, false>(s, q.k_major(warpgroup * 64, d), k.k_major(0, d), d > 0);
+      QkMma::template ss<false, false>(s, q + Smem::Q::k_major_offset(0, d),
+                                       k + Smem::KV::k_major_offset(0, d), d > 0);
     ptx::wgmma_commit();
   }
   JF2_DEVICE void issue_pv(int v_slot, bool accumulate) {
-    const typename Smem::KV v = smem.v(v_slot);
+    const uint32_t v = ptx::opaque(smem.v(v_slot).outer_major());
 #pragma unroll
     for (int k = 0; k < kTiles.block_k; k += 16) {
       const uint32_t(&a)[4] = *reinterpret_cast<const uint32_t(*)[4]>(&packed[k / 4]);
-      PvMma::template rs<true>(o, a, v.outer_major(k), k > 0 || accumulate);
+      PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), k > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
@@ -320,9 +362,10 @@ struct Consumer {
     }
   }
   // After the wait for a product, before its registers are read: nothing may move across.
+  template <int kBegin = 0, int kEnd = kS>
   JF2_DEVICE void pin_s() {
 #pragma unroll
-    for (int i = 0; i < kS; ++i) ptx::pin(s[i]);
+    for (int i = kBegin; i < kEnd; ++i) ptx::pin(s[i]);
   }
   JF2_DEVICE void pin_o() {
 #pragma unroll
@@ -386,10 +429,9 @@ struct Consumer {
 
 // Zeroes the rows of a V tile that no query of the sequence sees: 0 * NaN would reach O.
 template <ForwardTiles kTiles>
-JF2_DEVICE void clear_hidden_values(typename ForwardSmem<kTiles>::KV v, int key, Range visible,
-                                    int thread) {
+JF2_DEVICE void clear_hidden_values(typename ForwardSmem<kTiles>::KV v, int key, Range visible) {
   constexpr int kChunks = ForwardSmem<kTiles>::KV::kPanels * 8;
-  for (int i = thread; i < kTiles.block_k * kChunks; i += 128 * kTiles.consumers) {
+  for (int i = threadIdx.x - 128; i < kTiles.block_k * kChunks; i += 128 * kTiles.consumers) {
     const int row = i / kChunks;
     if (key + row >= visible.begin && key + row < visible.end) continue;
     const uint32_t a = v.address(row, i % kChunks * 8);
@@ -401,19 +443,18 @@ JF2_DEVICE void clear_hidden_values(typename ForwardSmem<kTiles>::KV v, int key,
 }
 
 template <ForwardTiles kTiles, typename Math>
-JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const CUtensorMap* out_map,
-                        int thread) {
+JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const CUtensorMap* out_map) {
   using Work = Consumer<kTiles, Math>;
   constexpr int kBlockK = kTiles.block_k, kS = Work::kS, kSlots = ForwardTile::kSlots;
-  const int lane = thread & 31, warpgroup = thread >> 7;
-  Work c{p, smem, out_map, warpgroup, (thread >> 5) & 3, lane};
-  RingPosition<kTiles.q_buffers> q;
-  RingPosition<kTiles.stages> k, v;
-  int count = 0;            // tiles taken
-  int q_slot = 0;           // of the tile in hand
-  int v_key = 0;            // first key of the block whose P waits for its product with V
-  bool v_cut = false;       // the band cuts that block
+  const int lane = threadIdx.x & 31, warpgroup = ptx::uniform(threadIdx.x / 128) - 1;
+  Work c{p, smem, out_map, warpgroup, int(threadIdx.x / 32 % 4), lane};
+  using QRing = Ring<kTiles.q_buffers>;
+  using KVRing = Ring<kTiles.stages>;
+  uint32_t count = 0;       // tiles taken
+  uint32_t steps = 0;       // K tiles used; V's follow one behind
+  bool v_cut = false;       // the band cuts the block whose P waits for its product with V
   bool accumulate = false;  // that product adds to O; false for the first of a tile
+  Trust trust = Trust::kStale;
 
   auto release = [&](uint32_t empty) __attribute__((always_inline)) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -422,12 +463,10 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   auto tile = [&](int back = 0) __attribute__((always_inline))->const ForwardTile& {
     return smem.tiles[(count - 1 - back) % kSlots];
   };
-  // Takes the next tile; false at the end of the queue.
+  // Takes the next tile; false at the end of the round.
   auto next_tile = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.q_full(q.slot), q.parity);
+    ptx::mbarrier_wait(smem.q_full(QRing::slot(count)), QRing::parity(count));
     ++count;
-    q_slot = q.slot;
-    q.advance();
     return tile().blocks > 0;
   };
   auto take_turn = [&]() __attribute__((always_inline)) {
@@ -436,47 +475,50 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   auto pass_turn = [&]() __attribute__((always_inline)) {
     ptx::barrier_arrive(kTurn + (warpgroup + 1) % kTiles.consumers, 256);
   };
-  // Before the product with V: values that no query of the sequence sees become 0.
-  auto clear_hidden = [&](const ForwardTile& t) __attribute__((always_inline)) {
+  // The buffer of the tile in hand, and its release.
+  auto q_slot = [&]() __attribute__((always_inline)) { return QRing::slot(count - 1); };
+  auto release_q = [&]() __attribute__((always_inline)) { release(smem.q_empty(q_slot())); };
+  auto await_v = [&]() __attribute__((always_inline)) {
+    ptx::mbarrier_wait(smem.v_full(KVRing::slot(steps - 1)), KVRing::parity(steps - 1));
+  };
+  // Before the product with V of block j of tile t: values that no query of the sequence sees become 0.
+  auto clear_hidden = [&](const ForwardTile& t, int j) __attribute__((always_inline)) {
     if (!v_cut) return;
     const Range visible = t.visible;
-    const bool right = v_key + kBlockK > visible.end && visible.end < p.shape.kv_len;
-    if (v_key >= visible.begin && !right) return;
-    ptx::mbarrier_wait(smem.v_full(v.slot), v.parity);
-    clear_hidden_values<kTiles>(smem.v(v.slot), v_key, visible, thread);
+    const int key = t.first_key + j * kBlockK;
+    const bool right = key + kBlockK > visible.end && visible.end < p.shape.kv_len;
+    if (key >= visible.begin && !right) return;
+    await_v();
+    clear_hidden_values<kTiles>(smem.v(KVRing::slot(steps - 1)), key, visible);
   };
-  // S = Q K^T alone: the first step of the first tile.
-  auto issue_first = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.k_full(k.slot), k.parity);
+  // S = Q K^T, at this warpgroup's turn.
+  auto issue_qk = [&]() __attribute__((always_inline)) {
+    ptx::mbarrier_wait(smem.k_full(KVRing::slot(steps)), KVRing::parity(steps));
     take_turn();
     ptx::wgmma_fence();
-    c.issue_qk(q_slot, k.slot);
-    pass_turn();
-    ptx::wgmma_wait<0>();
+    c.issue_qk(q_slot(), KVRing::slot(steps));
+  };
+  // S has arrived: K's stage is free.
+  auto release_k = [&]() __attribute__((always_inline)) {
     c.pin_s();
-    release(smem.k_empty(k.slot));
-    k.advance();
+    release(smem.k_empty(KVRing::slot(steps)));
+    ++steps;
   };
   // S = Q K^T of this step and O += P V of the last, in one turn; returns when S has arrived.
   auto issue_both = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.k_full(k.slot), k.parity);
-    take_turn();
+    issue_qk();
+    await_v();
     ptx::wgmma_fence();
-    c.issue_qk(q_slot, k.slot);
-    ptx::mbarrier_wait(smem.v_full(v.slot), v.parity);
-    ptx::wgmma_fence();
-    c.issue_pv(v.slot, accumulate);
+    c.issue_pv(KVRing::slot(steps - 1), accumulate);
     pass_turn();
     ptx::wgmma_wait<1>();
-    c.pin_s();
-    release(smem.k_empty(k.slot));
-    k.advance();
+    release_k();
   };
-  auto await_o = [&]() __attribute__((always_inline)) {
+  // O has arrived: its V's stage is free. `behind`: steps taken since that product was issued.
+  auto await_o = [&](int behind) __attribute__((always_inline)) {
     ptx::wgmma_wait<0>();
     c.pin_o();
-    release(smem.v_empty(v.slot));
-    v.advance();
+    release(smem.v_empty(KVRing::slot(steps - 1 - behind)));
   };
   // The maximum that opens a tile. A row that sees nothing yet starts far below any score.
   auto opening_max = [&](float (&m)[2], float (&m_log2)[2]) __attribute__((always_inline)) {
@@ -487,23 +529,35 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     }
   };
   auto finish_last = [&](const ForwardTile& t) __attribute__((always_inline)) {
-    clear_hidden(t);
-    ptx::mbarrier_wait(smem.v_full(v.slot), v.parity);
+    clear_hidden(t, 0);
+    await_v();
     ptx::wgmma_fence();
-    c.issue_pv(v.slot, accumulate);
-    await_o();
+    c.issue_pv(KVRing::slot(steps - 1), accumulate);
+    await_o(0);
     c.finish(t);
   };
-  // Scores of block j of the tile in hand have arrived: hides what the band hides.
-  auto mask_if_cut = [&](int j) __attribute__((always_inline)) {
-    const ForwardTile& t = tile();
-    v_key = t.first_key + j * kBlockK;
-    v_cut = j < t.full_begin || j >= t.full_end;
-    if (v_cut) c.mask(t, v_key);
+  // Does the band cut block j of the tile in hand?
+  auto is_cut = [&](int j) __attribute__((always_inline)) {
+    return j < tile().full_begin || j >= tile().full_end;
+  };
+  auto mask = [&](int j) __attribute__((always_inline)) {
+    c.mask(tile(), tile().first_key + j * kBlockK);
+  };
+  // A stale maximum is trusted as long as P stays small; else the tile is done again, looking.
+  auto distrust = [&](const float (&sum)[2]) __attribute__((always_inline)) {
+    if (trust == Trust::kStale && __any_sync(~0u, !(fmaxf(sum[0], sum[1]) <= Work::kStaleLimit))) {
+      if (lane == 0) smem.redo()[warpgroup * 4 + c.warp] = tile().index;
+      trust = Trust::kNothing;
+    }
   };
   auto first_step = [&]() __attribute__((always_inline)) {
-    issue_first();
-    mask_if_cut(tile().blocks - 1);
+    const int j = tile().blocks - 1;
+    v_cut = is_cut(j);
+    issue_qk();
+    pass_turn();
+    ptx::wgmma_wait<0>();
+    release_k();
+    if (v_cut) mask(j);
     float m_log2[2];
     opening_max(c.m, m_log2);
     c.l[0] = c.l[1] = 0.f;
@@ -512,26 +566,28 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     accumulate = false;
   };
   auto inner_step = [&](int j) __attribute__((always_inline)) {
-    clear_hidden(tile());
+    const bool cut = is_cut(j), looks = trust != Trust::kStale || cut;
+    clear_hidden(tile(), j + 1);
+    v_cut = cut;
     issue_both();
-    mask_if_cut(j);
-    float top[2], m_log2[2], sum[2] = {0.f, 0.f};
+    float top[2] = {c.m[0], c.m[1]}, sum[2] = {0.f, 0.f};
     bool grown = false;
+    if (looks) {
+      if (cut) mask(j);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      top[half] = fmaxf(c.m[half], c.row_max(half));
-      grown |= (top[half] - c.m[half]) * p.scale_log2 > kRescaleLog2;
+      for (int half = 0; half < 2; ++half) {
+        top[half] = fmaxf(c.m[half], c.row_max(half));
+        grown |= (top[half] - c.m[half]) * p.scale_log2 > kRescaleLog2;
+      }
+      grown = __any_sync(~0u, grown);
+      if (!grown) top[0] = c.m[0], top[1] = c.m[1];
     }
-    grown = __any_sync(~0u, grown);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!grown) top[half] = c.m[half];
-      m_log2[half] = top[half] * p.scale_log2;
-    }
+    const float m_log2[2] = {top[0] * p.scale_log2, top[1] * p.scale_log2};
     c.template exponentiate<0, kS / 2>(m_log2, sum);
-    await_o();
+    await_o(1);
     c.template exponentiate<kS / 2, kS>(m_log2, sum);
     if (grown) c.rescale(top);
+    distrust(sum);
     c.l[0] += sum[0];
     c.l[1] += sum[1];
     c.pack();
@@ -539,49 +595,59 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   };
   // The last product of the old tile goes along with the first of the tile in hand.
   auto transition_step = [&](const ForwardTile& old) __attribute__((always_inline)) {
-    clear_hidden(old);
+    const int j = tile().blocks - 1;
+    clear_hidden(old, 0);
+    v_cut = is_cut(j);
     issue_both();
-    mask_if_cut(tile().blocks - 1);
+    if (v_cut) mask(j);
     float m[2], m_log2[2], sum[2] = {0.f, 0.f};
     opening_max(m, m_log2);
     c.template exponentiate<0, kS>(m_log2, sum);
-    await_o();
+    c.pin_s();
+    await_o(1);
+    c.pack();
     c.finish(old);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       c.m[half] = m[half];
       c.l[half] = sum[half];
     }
-    c.pack();
     accumulate = false;
   };
 
   if (warpgroup == kTiles.consumers - 1) pass_turn();
-  if constexpr (kTiles.q_buffers == 2) {
-    if (next_tile()) {
-      first_step();
-      while (true) {
+#pragma unroll 1
+  while (true) {  // two rounds: the queue, then what has to be done again
+    if constexpr (kTiles.q_buffers == 2) {
+      bool more = next_tile();
+      if (more) first_step();
+      while (more) {
         for (int j = tile().blocks - 2; j >= 0; --j) inner_step(j);
-        release(smem.q_empty(q_slot));
+        release_q();
         const ForwardTile& old = tile();
-        const bool more = next_tile();
-        if (!more) {
+        more = next_tile();
+        if (more) {
+          transition_step(old);
+        } else {
           finish_last(old);
-          break;
         }
-        transition_step(old);
+      }
+    } else {
+      while (next_tile()) {
+        first_step();
+        for (int j = tile().blocks - 2; j >= 0; --j) inner_step(j);
+        finish_last(tile());
+        if (lane == 0) ptx::bulk_wait_read<0>();  // O has left Q's buffer
+        release_q();
       }
     }
-  } else {
-    while (next_tile()) {
-      first_step();
-      for (int j = tile().blocks - 2; j >= 0; --j) inner_step(j);
-      finish_last(tile());
-      if (lane == 0) ptx::bulk_wait_read<0>();  // O has left Q's buffer
-      release(smem.q_empty(q_slot));
-    }
+    // O is written: what is done again must come after it, and shared memory must outlive the reads.
+    if (lane == 0) ptx::bulk_wait<0>();
+    release_q();
+    release(smem.drained());
+    if (trust == Trust::kLastRound) break;
+    trust = Trust::kLastRound;
   }
-  if (lane == 0) ptx::bulk_wait_read<0>();  // shared memory must outlive the copy engine's reads
 }
 
 // ---- kernel -------------------------------------------------------------------------------------
@@ -602,7 +668,9 @@ __global__ void __launch_bounds__(forward_tiles(kHeadDim).threads(), 1)
                                            ForwardSmem<kTiles>::kTileRecords)};
   const int thread = threadIdx.x;
   if (thread == 0) {
-    constexpr int kWarps = kTiles.consumers * 4;
+    constexpr int kWarps = ForwardSmem<kTiles>::kWarps;
+    for (int i = 0; i < kWarps; ++i) smem.redo()[i] = -1;
+    ptx::mbarrier_init(smem.drained(), kWarps);
     for (int i = 0; i < kTiles.q_buffers; ++i) {
       ptx::mbarrier_init(smem.q_full(i), 1);
       ptx::mbarrier_init(smem.q_empty(i), kWarps);
@@ -621,7 +689,7 @@ __global__ void __launch_bounds__(forward_tiles(kHeadDim).threads(), 1)
     if (thread < 32) produce<kTiles>(p, smem, &q_map, &k_map, &v_map, thread);
   } else {
     ptx::setmaxnreg_inc<kTiles.consumer_registers>();
-    consume<kTiles, Math>(p, smem, &out_map, thread - 128);
+    consume<kTiles, Math>(p, smem, &out_map);
   }
 }
 
