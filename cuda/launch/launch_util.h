@@ -36,17 +36,29 @@ class OncePerDevice {
   std::array<std::atomic<bool>, kMaxDevices> flags_ = {};
 };
 
-// The number of SMs of the current device, asked once a device.
-inline Status multiprocessor_count(int& count) {
+// A positive attribute of the current device, asked once a device.
+template <cudaDeviceAttr kAttribute>
+Status device_attribute(int& value) {
   static std::array<std::atomic<int>, 64> cache = {};
   int device = 0;
   if (Status s = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !s.ok()) return s;
   const bool cached = device >= 0 && device < static_cast<int>(cache.size());
-  if (cached && (count = cache[device].load()) > 0) return {};
-  Status s = cuda_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-                         "the number of multiprocessors");
-  if (s.ok() && cached) cache[device].store(count);
+  if (cached && (value = cache[device].load()) > 0) return {};
+  Status s = cuda_status(cudaDeviceGetAttribute(&value, kAttribute, device),
+                         "reading an attribute of the device");
+  if (s.ok() && cached) cache[device].store(value);
   return s;
+}
+inline Status multiprocessor_count(int& count) {
+  return device_attribute<cudaDevAttrMultiProcessorCount>(count);
+}
+// 9 on Hopper.
+inline Status compute_capability_major(int& major) {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>(major);
+}
+// The dynamic shared memory that a thread block may ask for, in bytes.
+inline Status shared_memory_limit(int& bytes) {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
 
 struct LaunchConfig {
