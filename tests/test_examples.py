@@ -1,0 +1,99 @@
+"""Each file of examples/ runs, shortened, as a reader would run it, and does what it says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+pytestmark = pytest.mark.xdist_group("examples")  # one worker: they share what `trained` made
+
+
+def run(name, *args, cwd, status=0):
+    """What the example prints; its own text is in the report if it fails."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, args)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def number(pattern, text):
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in:\n{text}"
+    return float(match[1].replace(",", ""))
+
+
+def test_every_example_is_run_here():
+    tests = Path(__file__).read_text()
+    missing = [path.name for path in EXAMPLES.glob("[0-9]*.py") if f'"{path.name}"' not in tests]
+    assert not missing
+
+
+def test_attention(tmp_path):
+    printed = run("01_attention.py", cwd=tmp_path)
+    for name in ("dq", "dk", "dv"):
+        assert number(rf"{name} .* difference (\S+)", printed) < 1e-4
+    plain = number(r"plain definition (\S+)", printed)
+    assert number(r"loss +([-\d.]+)", printed) == pytest.approx(plain, abs=1e-2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, what was printed) of a short training."""
+    folder = tmp_path_factory.mktemp("gpt")
+    return folder, run("02_train_gpt.py", "--steps", 60, "--seconds", 240, cwd=folder)
+
+
+def test_training_learns_more_than_frequencies(trained):
+    _, printed = trained
+    entropy = number(r"unigram entropy +([\d.]+)", printed)
+    assert 2.5 < entropy < 4, "that is not the entropy of English and Python in bytes"
+    assert number(r"held-out loss +([\d.]+)", printed) < entropy - 0.2
+    assert number(r"steps +\d+, ([\d,]+) tokens", printed) > 0
+
+
+def test_training_plots_the_curve(trained):
+    pixels = image.imread(trained[0] / "gpt_loss.png")[..., :3]
+    assert min(pixels.shape[:2]) >= 400
+    colours = {tuple(np.round(c * 255).astype(int)) for c in pixels.reshape(-1, 3)}
+    # Both curves and the line of the entropy are there.
+    assert {(0x1F, 0x5F, 0xA8), (0xB5, 0xCA, 0xE2), (0xC0, 0x39, 0x2B)} <= colours
+
+
+def test_training_prints_a_sample(trained):
+    sample = re.search(r"sample\n------\n(.*)\n------\n", trained[1], re.DOTALL)[1]
+    assert sample.startswith("def ")
+    assert len(sample) > 100
+    assert len(set(sample)) > 10
+
+
+def test_parameters_load_into_the_same_model(trained, monkeypatch):
+    """The saved parameters give the printed sample."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import gpt
+
+    sample = gpt.generate(gpt.load(trained[0] / "gpt.npz"), b"def ", 256)
+    assert sample.decode(errors="replace") in trained[1]
+
+
+def test_seed_decides_and_too_short_a_training_fails(tmp_path):
+    args = ("--steps", 3, "--seconds", 240, "--batch", 2, "--length", 64)
+    losses = [
+        number(
+            r"held-out loss +([\d.]+)",
+            run("02_train_gpt.py", *args, "--seed", seed, cwd=tmp_path, status=1),
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert abs(losses[0] - losses[2]) > 1e-2
