@@ -251,7 +251,10 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"delta", b.delta, stats, {N, Tp}},
                     {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
-                    {"semaphores", b.semaphores, DataType::S32, {N, ordered ? Tp / kSemaphoreRows : 0}}});
+                    {"semaphores",
+                     b.semaphores,
+                     DataType::S32,
+                     {N, ordered ? Tp / kSemaphoreRows : 0}}});
 }
 
 }  // namespace jax_flash2::ffi

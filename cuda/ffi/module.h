@@ -53,6 +53,7 @@ void define_module(nanobind::module_& m) {
       "(major, minor) of the FFI headers this module was built with; jaxlib's must not be older.");
   m.attr("TOKEN_TILE") = kTokenTile;
   m.attr("HEAD_DIM_TILE") = kHeadDimTile;
+  m.attr("SEMAPHORE_ROWS") = kSemaphoreRows;
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
 }
 
