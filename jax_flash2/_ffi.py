@@ -53,8 +53,13 @@ def check_ffi_version(built: tuple[int, int], runtime: tuple[int, int]):
         )
 
 
+def built_modules():
+    """{platform, as XLA names it: compiled module} of this build."""
+    return {"cpu": _cpu} if _cuda is None else {"cpu": _cpu, "CUDA": _cuda}
+
+
 def _register():
-    modules = {"cpu": _cpu} if _cuda is None else {"cpu": _cpu, "CUDA": _cuda}
+    modules = built_modules()
     for module in modules.values():
         check_ffi_version(module.ffi_api_version(), ffi_version_of_jaxlib())
     for platform, module in modules.items():

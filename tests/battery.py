@@ -94,10 +94,11 @@ def forward_and_gradients(inputs, traced, *, modes, **static):
     return results
 
 
-def run(case, fmt, device, modes=MODES, repeats=2):
+def run(case, fmt, device, modes=MODES, repeats=2, implementation=None):
     """The results of `repeats` calls on the device, each into memory full of NaN."""
     static, traced = mask_arguments(case)
-    call = functools.partial(forward_and_gradients, modes=modes, precision=fmt.precision, **static)
+    static |= {"precision": fmt.precision, "implementation": implementation}
+    call = functools.partial(forward_and_gradients, modes=modes, **static)
     step = jax.jit(lambda memory, *args: call(*args), donate_argnums=0, keep_unused=True)
     with x64_if_needed(fmt):
         inputs, traced = jax.device_put((make_inputs(case, fmt), traced), device)
@@ -146,8 +147,8 @@ def rounding_floor(lse):
     return float(jnp.finfo(lse.dtype).eps) * (16 + largest)
 
 
-def check(case, fmt, device):
-    first, *again = run(case, fmt, device)
+def check(case, fmt, device, implementation=None):
+    first, *again = run(case, fmt, device, implementation=implementation)
     truth, naive = truth_and_naive(case, fmt)
     floor = rounding_floor(first[MODES[0]]["lse"])
     mask = mask_of(case)

@@ -170,10 +170,41 @@ def _random_case(seed):
 
 RANDOM = [_random_case(seed) for seed in range(16)]
 
+# Enough tiles for a GPU to be full several times over; the battery runs these apart.
+LARGE = [
+    _same_length("long", 3000, batch=(1,), n=2, k=1, **_CAUSAL),
+    _same_length("many_tiles", 520, batch=(4,), n=16, k=4),
+    _same_length("many_tiles_causal_128", 520, batch=(2,), n=24, k=3, h=128, hv=128, **_CAUSAL),
+    _same_length(
+        "many_tiles_window_192",
+        520,
+        batch=(2,),
+        n=16,
+        k=4,
+        h=192,
+        hv=128,
+        local_window_size=(150, 60),
+    ),
+    Case(
+        "many_tiles_ragged",
+        batch=(4,),
+        t=520,
+        s=700,
+        n=16,
+        k=2,
+        h=96,
+        hv=96,
+        query_seq_lengths=(520, 0, 129, 400),
+        key_value_seq_lengths=(700, 300, 128, 0),
+        query_offset=(180, 0, 7, 0),
+        **_CAUSAL,
+    ),
+]
+
 CASES = [*SHAPES, *HEADS, *HEAD_DIMS, *MASKS, *LENGTHS, *ZEROS, *VALUES, *RANDOM]
-assert len({case.name for case in CASES}) == len(CASES)
+assert len({case.name for case in CASES + LARGE}) == len(CASES + LARGE)
 
 
 def by_name(*names):
-    table = {case.name: case for case in CASES}
+    table = {case.name: case for case in CASES + LARGE}
     return [table[name] for name in names]

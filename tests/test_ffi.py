@@ -71,7 +71,7 @@ def test_float64_is_for_the_cpu():
     with jax.enable_x64(True):
         arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float64) for x in QKV]
         assert len(custom_calls(lowered("cpu", *arrays))) == 2
-        with pytest.raises(NotImplementedError, match='no float64 kernel for CUDA.*"xla"'):
+        with pytest.raises(NotImplementedError, match=r'no float64 kernel for CUDA.*"xla"'):
             lowered("cuda", *arrays)
 
 
