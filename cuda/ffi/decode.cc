@@ -240,21 +240,18 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   const int64_t T = shape.query_len, N = shape.query_heads, S = shape.kv_len, K = shape.kv_heads;
   const int64_t H = shape.head_dim, Hv = shape.value_dim;
   const int64_t Tp = round_up(T, kTokenTile), Hp = accumulates ? round_up(H, kHeadDimTile) : 0;
-  return check_all(call.batch_axes,
-                   {{"out", b.out, data, {T, N, Hv}},
-                    {"lse", b.lse, stats, {N, T}},
-                    {"dout", b.dout, data, {T, N, Hv}},
-                    {"dlse", b.dlse, stats, {N, T}},
-                    {"dq", b.dq, data, {T, N, H}},
-                    {"dk", b.dk, data, {S, K, H}},
-                    {"dv", b.dv, data, {S, K, Hv}},
-                    {"delta", b.delta, stats, {N, Tp}},
-                    {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
-                    {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
-                    {"semaphores",
-                     b.semaphores,
-                     DataType::S32,
-                     {N, ordered ? Tp / kSemaphoreRows : 0}}});
+  const int64_t turns = ordered ? Tp / kSemaphoreRows : 0;
+  return check_all(call.batch_axes, {{"out", b.out, data, {T, N, Hv}},
+                                     {"lse", b.lse, stats, {N, T}},
+                                     {"dout", b.dout, data, {T, N, Hv}},
+                                     {"dlse", b.dlse, stats, {N, T}},
+                                     {"dq", b.dq, data, {T, N, H}},
+                                     {"dk", b.dk, data, {S, K, H}},
+                                     {"dv", b.dv, data, {S, K, Hv}},
+                                     {"delta", b.delta, stats, {N, Tp}},
+                                     {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
+                                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
+                                     {"semaphores", b.semaphores, DataType::S32, {N, turns}}});
 }
 
 }  // namespace jax_flash2::ffi
