@@ -20,6 +20,7 @@ Status takes_sm90(const ForwardProblem& problem, bool& takes) {
   if (!kHasSm90 || problem.next_tile == nullptr) return {};
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return {};
   if (problem.shape.kv_len == 0) return {};  // no tensor map has an empty side
+  if (!(problem.scale > 0)) return {};       // the largest score has the largest exponent
   int major = 0;
   if (Status s = compute_capability_major(major); !s.ok()) return s;
   takes = major == 9;

@@ -11,8 +11,11 @@
 //     d  O arrives: V's stage is free. If the step opened a new tile, the old one is finished here:
 //        O / l through shared memory to global, log-sum-exp beside it. Else O and l are rescaled if
 //        the maximum grew by more than kRescaleLog2.
-//   4 A warpgroup issues its products in turn (ping-pong), so that one's softmax runs under the
-//     other's products.
+//   4 Where the tile's row says so, a warpgroup issues its products in turn (ping-pong), so that one's
+//     softmax runs under the other's products.
+//   5 The row maximum is looked for in a tile's first block and in blocks that the band cuts; in between
+//     the stale one serves, and no time goes into maxima. If P grows too large under it (kStaleLimit), the
+//     warp puts the tile on a list and looks from then on; the list is done again in a second round.
 #pragma once
 
 #include "core/problem.h"
@@ -303,12 +306,12 @@ struct Consumer {
                                        k + Smem::KV::k_major_offset(0, d), d > 0);
     ptx::wgmma_commit();
   }
-  JF2_DEVICE void issue_pv(int v_slot, bool accumulate) {
+  JF2_DEVICE void issue_pv(int v_slot) {
     const uint32_t v = ptx::opaque(smem.v(v_slot).outer_major());
 #pragma unroll
     for (int k = 0; k < kTiles.block_k; k += 16) {
       const uint32_t(&a)[4] = *reinterpret_cast<const uint32_t(*)[4]>(&packed[k / 4]);
-      PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), k > 0 || accumulate);
+      PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), 1);
     }
     ptx::wgmma_commit();
   }
@@ -371,28 +374,39 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kO; ++i) ptx::pin(o[i]);
   }
+  JF2_DEVICE void zero_o() {
+#pragma unroll
+    for (int i = 0; i < kO; ++i) o[i] = 0.f;
+    pin_o();
+  }
   JF2_DEVICE void pack() {
 #pragma unroll
     for (int i = 0; i < kS / 2; ++i) packed[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // O / l and the log-sum-exp of the tile, to global memory.
-  JF2_DEVICE void finish(const ForwardTile& tile) {
+  // The tile's log-sum-exp, to global memory; its rows' l becomes 1 / l, 0 for a row that sees nothing.
+  JF2_DEVICE void finish_rows(const ForwardTile& tile) {
     const Shape& shape = p.shape;
-    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       l[half] += __shfl_xor_sync(~0u, l[half], 1);
       l[half] += __shfl_xor_sync(~0u, l[half], 2);
       const int row = tile.row + row_in_tile() + half * 8;
       const bool sees = row < tile.band.query_length && l[half] != 0.f;
-      inverse[half] = sees ? 1.f / l[half] : 0.f;
       if ((lane & 3) == 0 && row < shape.query_len) {
         const float lse = sees ? m[half] * p.scale + __logf(l[half]) : -INFINITY;
         p.lse[(int64_t(tile.batch) * shape.query_heads + tile.head) * shape.query_len + row] = lse;
       }
+      l[half] = sees ? 1.f / l[half] : 0.f;
+    }
+  }
+  // O / l of the tile, to global memory.
+  JF2_DEVICE void finish_output(const ForwardTile& tile, const float (&inverse)[2]) {
+    const Shape& shape = p.shape;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       // Padding holds anything, NaN among it: a row that sees nothing is 0, not 0 * O.
-      if (!sees) {
+      if (inverse[half] == 0.f) {
 #pragma unroll
         for (int j = 0; j < kO / 4; ++j) o[j * 4 + half * 2] = o[j * 4 + half * 2 + 1] = 0.f;
       }
@@ -453,7 +467,6 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   uint32_t count = 0;       // tiles taken
   uint32_t steps = 0;       // K tiles used; V's follow one behind
   bool v_cut = false;       // the band cuts the block whose P waits for its product with V
-  bool accumulate = false;  // that product adds to O; false for the first of a tile
   Trust trust = Trust::kStale;
 
   auto release = [&](uint32_t empty) __attribute__((always_inline)) {
@@ -470,10 +483,12 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     return tile().blocks > 0;
   };
   auto take_turn = [&]() __attribute__((always_inline)) {
-    ptx::barrier_sync(kTurn + warpgroup, 256);
+    if constexpr (kTiles.turn != Turn::kNone) ptx::barrier_sync(kTurn + warpgroup, 256);
   };
-  auto pass_turn = [&]() __attribute__((always_inline)) {
-    ptx::barrier_arrive(kTurn + (warpgroup + 1) % kTiles.consumers, 256);
+  // Hands the turn on, if `turn` is what a turn ends with.
+  auto pass_turn = [&](Turn turn) __attribute__((always_inline)) {
+    if (kTiles.turn == turn && turn != Turn::kNone)
+      ptx::barrier_arrive(kTurn + (warpgroup + 1) % kTiles.consumers, 256);
   };
   // The buffer of the tile in hand, and its release.
   auto q_slot = [&]() __attribute__((always_inline)) { return QRing::slot(count - 1); };
@@ -507,10 +522,11 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   // S = Q K^T of this step and O += P V of the last, in one turn; returns when S has arrived.
   auto issue_both = [&]() __attribute__((always_inline)) {
     issue_qk();
+    pass_turn(Turn::kScores);
     await_v();
     ptx::wgmma_fence();
-    c.issue_pv(KVRing::slot(steps - 1), accumulate);
-    pass_turn();
+    c.issue_pv(KVRing::slot(steps - 1));
+    pass_turn(Turn::kScoresAndOutput);
     ptx::wgmma_wait<1>();
     release_k();
   };
@@ -520,21 +536,26 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     c.pin_o();
     release(smem.v_empty(KVRing::slot(steps - 1 - behind)));
   };
-  // The maximum that opens a tile. A row that sees nothing yet starts far below any score.
-  auto opening_max = [&](float (&m)[2], float (&m_log2)[2]) __attribute__((always_inline)) {
+  // S -> P, m and l of a tile's first block. A row that sees nothing yet starts far below any score.
+  auto open_rows = [&]() __attribute__((always_inline)) {
+    float m_log2[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      m[half] = fmaxf(c.row_max(half), -1e30f);
-      m_log2[half] = m[half] * p.scale_log2;
+      c.m[half] = fmaxf(c.row_max(half), -1e30f);
+      m_log2[half] = c.m[half] * p.scale_log2;
+      c.l[half] = 0.f;
     }
+    c.template exponentiate<0, kS>(m_log2, c.l);
   };
   auto finish_last = [&](const ForwardTile& t) __attribute__((always_inline)) {
     clear_hidden(t, 0);
     await_v();
     ptx::wgmma_fence();
-    c.issue_pv(KVRing::slot(steps - 1), accumulate);
+    c.issue_pv(KVRing::slot(steps - 1));
+    c.finish_rows(t);
     await_o(0);
-    c.finish(t);
+    c.finish_output(t, c.l);
+    c.zero_o();
   };
   // Does the band cut block j of the tile in hand?
   auto is_cut = [&](int j) __attribute__((always_inline)) {
@@ -554,16 +575,12 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     const int j = tile().blocks - 1;
     v_cut = is_cut(j);
     issue_qk();
-    pass_turn();
+    pass_turn(kTiles.turn);
     ptx::wgmma_wait<0>();
     release_k();
     if (v_cut) mask(j);
-    float m_log2[2];
-    opening_max(c.m, m_log2);
-    c.l[0] = c.l[1] = 0.f;
-    c.template exponentiate<0, kS>(m_log2, c.l);
+    open_rows();
     c.pack();
-    accumulate = false;
   };
   auto inner_step = [&](int j) __attribute__((always_inline)) {
     const bool cut = is_cut(j), looks = trust != Trust::kStale || cut;
@@ -591,7 +608,6 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     c.l[0] += sum[0];
     c.l[1] += sum[1];
     c.pack();
-    accumulate = true;
   };
   // The last product of the old tile goes along with the first of the tile in hand.
   auto transition_step = [&](const ForwardTile& old) __attribute__((always_inline)) {
@@ -600,22 +616,18 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     v_cut = is_cut(j);
     issue_both();
     if (v_cut) mask(j);
-    float m[2], m_log2[2], sum[2] = {0.f, 0.f};
-    opening_max(m, m_log2);
-    c.template exponentiate<0, kS>(m_log2, sum);
+    c.finish_rows(old);
+    const float inverse[2] = {c.l[0], c.l[1]};
+    open_rows();
     c.pin_s();
     await_o(1);
     c.pack();
-    c.finish(old);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      c.m[half] = m[half];
-      c.l[half] = sum[half];
-    }
-    accumulate = false;
+    c.finish_output(old, inverse);
+    c.zero_o();
   };
 
-  if (warpgroup == kTiles.consumers - 1) pass_turn();
+  if (kTiles.turn != Turn::kNone && warpgroup == kTiles.consumers - 1) pass_turn(kTiles.turn);
+  c.zero_o();
 #pragma unroll 1
   while (true) {  // two rounds: the queue, then what has to be done again
     if constexpr (kTiles.q_buffers == 2) {

@@ -5,12 +5,16 @@
 
 namespace jax_flash2::sm90 {
 
+// Ping-pong: what a warpgroup issues to the tensor cores while the others wait for their turn.
+enum class Turn { kNone, kScores, kScoresAndOutput };
+
 struct ForwardTiles {
   int head_dim;             // of query, key and value; smaller ones round up
   int consumers;            // warpgroups of 64 query rows
   int block_k;              // keys a step
   int stages;               // K and V tiles in flight, each
   int q_buffers;            // 2: the next tile's Q loads during this one, and O has a buffer of its own
+  Turn turn;
   int producer_registers;   // a thread, after setmaxnreg
   int consumer_registers;
 
@@ -22,14 +26,19 @@ struct ForwardTiles {
 // (head_dim / 2) must fit a consumer thread; Q, K, V and O the 227 KB of shared memory.
 inline constexpr ForwardTiles kForwardTiles[] = {
     {.head_dim = 64, .consumers = 4, .block_k = 64, .stages = 4, .q_buffers = 2,
+     .turn = Turn::kNone,
      .producer_registers = 32, .consumer_registers = 112},
     {.head_dim = 96, .consumers = 2, .block_k = 128, .stages = 2, .q_buffers = 2,
+     .turn = Turn::kScoresAndOutput,
      .producer_registers = 40, .consumer_registers = 232},
     {.head_dim = 128, .consumers = 2, .block_k = 128, .stages = 2, .q_buffers = 2,
+     .turn = Turn::kScoresAndOutput,
      .producer_registers = 40, .consumer_registers = 232},
     {.head_dim = 192, .consumers = 2, .block_k = 96, .stages = 2, .q_buffers = 1,
+     .turn = Turn::kScores,
      .producer_registers = 40, .consumer_registers = 232},
     {.head_dim = 256, .consumers = 2, .block_k = 80, .stages = 2, .q_buffers = 1,
+     .turn = Turn::kScores,
      .producer_registers = 40, .consumer_registers = 232},
 };
 
