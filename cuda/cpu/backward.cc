@@ -193,8 +193,6 @@ class Backward {
       s_.lse[i] = real ? static_cast<const R*>(p_.scaled_lse)[statistic] : kInf;
       s_.delta[i] = real ? static_cast<const R*>(p_.delta)[statistic] : R(0);
     }
-    tainted_rows_ = holds_non_finite(s_.q, kHeadPitch<Unit>, padded, head_units()) ||
-                    holds_non_finite(s_.dout, kHeadPitch<Unit>, padded, value_units());
     return padded;
   }
 
@@ -241,7 +239,9 @@ class Backward {
       for (int j = 0; j < columns; j += kN) softmax_gradient(i, j, partial, keys.begin + j);
     }
 
-    const bool skip = partial && tainted_rows_;
+    const bool skip =
+        partial && (holds_non_finite(s_.q, kHeadPitch<Unit>, count, head_units()) ||
+                    holds_non_finite(s_.dout, kHeadPitch<Unit>, count, value_units()));
     const auto outer = skip ? gemm_skipping_zeros<Form::kOuter, Unit> : gemm<Form::kOuter, Unit>;
     outer(columns, padded_value(), count / kDepth<Unit>, operand<Unit>(s_.p, s_.paired_p),
           operand(s_.dout, s_.paired_dout), s_.dv + begin * kHeadPitch<R>, Update::kAdd, nullptr);
@@ -327,7 +327,7 @@ class Backward {
   HeadView view_;
   int64_t padded_tokens_;
   R log2_scale_;
-  bool tainted_keys_ = false, tainted_rows_ = false;  // what is loaded holds NaN or Inf
+  bool tainted_keys_ = false;  // the loaded keys hold NaN or Inf
 };
 
 template <class Unit>

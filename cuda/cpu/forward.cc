@@ -109,7 +109,6 @@ class Forward {
       load_key(p_.k, keys, i, p_.shape.head_dim, s_.k);
       load_key(p_.v, keys, i, p_.shape.value_dim, s_.v);
     }
-    tainted_ = holds_non_finite(s_.v, kHeadPitch<Unit>, rows, p_.shape.value_dim / kDepth<Unit>);
     if constexpr (kIsPair<Unit>) pair_rows(s_.v, rows, p_.shape.value_dim, s_.paired_v);
   }
   void prefetch_key(int key) {
@@ -153,8 +152,9 @@ class Forward {
 
     const int rows = static_cast<int>(round_up(tile.rows, 8));
     const int columns = static_cast<int>(round_up(p_.shape.value_dim, kN));
-    const auto product =
-        partial && tainted_ ? gemm_skipping_zeros<Form::kOuter, Unit> : gemm<Form::kOuter, Unit>;
+    const bool skip = partial && holds_non_finite(s_.v + first * kHeadPitch<Unit>, kHeadPitch<Unit>,
+                                                  count, p_.shape.value_dim / kDepth<Unit>);
+    const auto product = skip ? gemm_skipping_zeros<Form::kOuter, Unit> : gemm<Form::kOuter, Unit>;
     product(rows, columns, count / kDepth<Unit>, operand<Unit>(s_.scores, s_.paired_p),
             operand(s_.v, s_.paired_v) + first / kDepth<Unit> * kHeadPitch<R>, tile.out,
             tile.started ? Update::kScaleAdd : Update::kStore, s_.rescale);
@@ -207,7 +207,6 @@ class Forward {
   Scratch& s_;
   HeadView view_;
   R sign_, log2_scale_;
-  bool tainted_ = false;  // the loaded values hold NaN or Inf
 };
 
 template <class Unit>

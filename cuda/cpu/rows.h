@@ -71,7 +71,8 @@ void mask_transposed(R* scores, Range keys, int columns, const LaneInt<R>* lo, c
     for (int k = keys.begin; k < keys.end; ++k) {
       R* at = scores + (k - keys.begin) * kScorePitch + j;
       const Vec<LaneInt<R>> key = splat(LaneInt<R>(k));
-      store(at, (key >= first) & (key < end) ? load(at) : splat(hidden));
+      const auto allowed = (key >= first) & (key < end);
+      store(at, allowed ? load(at) : splat(hidden));
     }
   }
 }
