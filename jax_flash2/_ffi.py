@@ -32,8 +32,8 @@ else:
 TOKEN_TILE = _cpu.TOKEN_TILE
 HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
 MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
+SEMAPHORE_ROWS = _cpu.SEMAPHORE_ROWS
 HEAD_DIM_MULTIPLE = 8
-_SEMAPHORE_ROWS = 16
 
 
 def ffi_version_of_jaxlib() -> tuple[int, int]:
@@ -97,7 +97,7 @@ def backward_results(q, k, v, mode):
     *batch, t, n, h = q.shape
     t_padded = _round_up(t, TOKEN_TILE)
     accum_dim = 0 if mode == "split" else _round_up(h, HEAD_DIM_TILE)
-    semaphores = t_padded // _SEMAPHORE_ROWS if mode == "deterministic" else 0
+    semaphores = t_padded // SEMAPHORE_ROWS if mode == "deterministic" else 0
     stats = jax.ShapeDtypeStruct((*batch, n, t_padded), stats_dtype(q.dtype))
     return (
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),

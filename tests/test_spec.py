@@ -22,7 +22,7 @@ def test_fields_are_those_of_the_kernels(module):
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_constants_are_those_of_the_kernels(module):
-    for name in ("TOKEN_TILE", "HEAD_DIM_TILE", "MAX_HEAD_DIM"):
+    for name in ("TOKEN_TILE", "HEAD_DIM_TILE", "MAX_HEAD_DIM", "SEMAPHORE_ROWS"):
         assert getattr(module, name) == getattr(_ffi, name)
 
 
