@@ -1,0 +1,28 @@
+"""The wrappers of wgmma, every shape and layout, against a plain product: tests/cuda/wgmma.cu."""
+
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+@pytest.mark.gpu
+def test_every_shape_and_layout(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc to compile the test with")
+    if jax.devices("gpu")[0].compute_capability != "9.0":
+        pytest.skip("wgmma is Hopper's")
+    binary = tmp_path / "wgmma"
+    subprocess.run(
+        [nvcc, "-std=c++20", f"-I{HERE.parent / 'cuda'}", "-cudart", "static"]
+        + ["-gencode=arch=compute_90a,code=sm_90a", "-o", binary, HERE / "cuda" / "wgmma.cu"],
+        check=True,
+    )
+    run = subprocess.run([binary], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.strip().endswith("96 passed, 0 failed")
