@@ -492,7 +492,10 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   };
   // The buffer of the tile in hand, and its release.
   auto q_slot = [&]() __attribute__((always_inline)) { return QRing::slot(count - 1); };
-  auto release_q = [&]() __attribute__((always_inline)) { release(smem.q_empty(q_slot())); };
+  auto release_q = [&]() __attribute__((always_inline)) {
+    __syncwarp();  // with the buffer goes the record of an older tile, which every lane has read
+    release(smem.q_empty(q_slot()));
+  };
   auto await_v = [&]() __attribute__((always_inline)) {
     ptx::mbarrier_wait(smem.v_full(KVRing::slot(steps - 1)), KVRing::parity(steps - 1));
   };
