@@ -123,6 +123,13 @@ JF2_DEVICE T* opaque(T* p) {
   return p;
 }
 
+// threadIdx.x, read again at every call instead of being held in a register.
+JF2_DEVICE int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // ---- arithmetic
 // 2^x to about 2 ulp; 2^-inf is 0.
 JF2_DEVICE float ex2(float x) {
@@ -138,20 +145,14 @@ JF2_DEVICE uint32_t cvt_rna_tf32(float x) {
 }
 
 // ---- global memory
-// Only where `active`: a predicate costs less than a branch around the instruction.
-JF2_DEVICE void red_add_f32(float* global, float x, bool active) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p red.global.add.f32 [%0], %1;\n}\n" ::"l"(global),
-      "f"(x), "r"(int(active))
-      : "memory");
+JF2_DEVICE void red_add_f32(float* global, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(global), "f"(x) : "memory");
 }
 #if __CUDA_ARCH__ >= 900
-JF2_DEVICE void red_add_f32x4(float* global, float4 x, bool active) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
-      "@p red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(global),
-      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int(active))
-      : "memory");
+JF2_DEVICE void red_add_f32x4(float* global, float4 x) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
 }
 #endif
 JF2_DEVICE int ld_acquire(const int* global) {

@@ -1,0 +1,93 @@
+// The backward on CUDA: preprocess, main kernel(s), postprocess. Chooses the main kernel: the
+// smallest head dim of this build that holds H and Hv.
+#include <algorithm>
+#include <cstddef>
+#include <string>
+
+#include "jax_flash2_config.h"
+#include "kernels/any/postprocess.cuh"
+#include "kernels/any/preprocess.cuh"
+#include "launch/backward.h"
+#include "launch/launch.h"
+#include "launch/launch_util.h"
+
+namespace jax_flash2::gpu {
+namespace {
+
+constexpr int kHeadDimCount = static_cast<int>(std::size(kHeadDims));
+
+template <int kIndex>
+Status backward_at(const BackwardProblem& problem, cudaStream_t stream, int head_dim) {
+  if constexpr (kIndex == kHeadDimCount) {
+    return Status::unimplemented("jax_flash2: head dim " + std::to_string(head_dim) +
+                                 " is beyond this build's largest, " +
+                                 std::to_string(kHeadDims[kHeadDimCount - 1]));
+  } else {
+    if (head_dim <= kHeadDims[kIndex]) return launch_backward<kHeadDims[kIndex]>(problem, stream);
+    return backward_at<kIndex + 1>(problem, stream, head_dim);
+  }
+}
+
+Status zero(void* data, int64_t rows, int heads, int dim, size_t element, cudaStream_t stream) {
+  const size_t bytes = static_cast<size_t>(rows) * heads * dim * element;
+  if (bytes == 0) return {};
+  return cuda_status(cudaMemsetAsync(data, 0, bytes, stream), "zeroing a gradient");
+}
+
+Status zero_gradients(const BackwardProblem& problem, size_t element, cudaStream_t stream) {
+  const Shape& shape = problem.shape;
+  const int64_t rows = shape.batch * shape.query_len, keys = shape.batch * shape.kv_len;
+  if (Status s = zero(problem.dq, rows, shape.query_heads, shape.head_dim, element, stream);
+      !s.ok()) {
+    return s;
+  }
+  if (Status s = zero(problem.dk, keys, shape.kv_heads, shape.head_dim, element, stream); !s.ok()) {
+    return s;
+  }
+  return zero(problem.dv, keys, shape.kv_heads, shape.value_dim, element, stream);
+}
+
+template <typename Element>
+Status run(const BackwardProblem& problem, cudaStream_t stream) {
+  const Shape& shape = problem.shape;
+  // Where nobody sees anything there is nothing to launch.
+  if (shape.query_len == 0 || shape.kv_len == 0 || problem.band.lower > problem.band.upper) {
+    return zero_gradients(problem, sizeof(Element), stream);
+  }
+  const int64_t tiles =
+      shape.batch * shape.query_heads * (round_up(shape.query_len, kTokenTile) / kTokenTile);
+  if (Status s = launch<preprocess_kernel<Element>>(
+          {.blocks = tiles, .threads = kPreprocessThreads, .shared_bytes = 0, .stream = stream},
+          problem);
+      !s.ok()) {
+    return s;
+  }
+  if (Status s = backward_at<0>(problem, stream, std::max(shape.head_dim, shape.value_dim));
+      !s.ok() || problem.mode == BackwardMode::kSplit) {
+    return s;
+  }
+  return launch<postprocess_kernel<Element>>(
+      {.blocks = tiles * (kTokenTile / (kPostprocessWarps * 16)),
+       .threads = kPostprocessWarps * 32,
+       .shared_bytes = 0,
+       .stream = stream},
+      problem, static_cast<float>(problem.scale));
+}
+
+}  // namespace
+
+Status backward(const BackwardProblem& problem, cudaStream_t stream) {
+  switch (problem.dtype) {
+    case DType::kFloat16:
+      return run<__half>(problem, stream);
+    case DType::kBFloat16:
+      return run<__nv_bfloat16>(problem, stream);
+    case DType::kFloat32:
+      return run<float>(problem, stream);
+    case DType::kFloat64:
+      break;
+  }
+  return Status::unimplemented("jax_flash2: no CUDA kernel computes in float64");
+}
+
+}  // namespace jax_flash2::gpu
