@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import pytest
 
 from jax_flash2 import _cpu, _ffi
-from jax_flash2._spec import AttentionSpec
+from jax_flash2._spec import make_spec
 
-SPEC = AttentionSpec(
-    scale=0.5, band_lower=-(1 << 29), band_upper=0, precision="default", backward="deterministic"
+SPEC = make_spec(
+    scale=0.5,
+    is_causal=True,
+    window=None,
+    offset=0,
+    precision=None,
+    backward="deterministic",
+    dtype="float32",
 )
 B, T, S, N, K, H, HV = 2, 20, 24, 4, 2, 16, 8
 TP = _cpu.TOKEN_TILE
@@ -43,7 +49,7 @@ BACKWARD = {
     "delta": struct(B, N, TP),
     "scaled_lse": struct(B, N, TP),
     "dq_accum": struct(B, N, TP, _cpu.HEAD_DIM_TILE),
-    "semaphores": struct(B, N, TP // 16, dtype="int32"),
+    "semaphores": struct(B, N, TP // _cpu.SEMAPHORE_ROWS, dtype="int32"),
 }
 PASSES = {"forward": (FORWARD, 4), "backward": (BACKWARD, 8)}
 
