@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_flash2 import _checks, _ffi, _reference
-from jax_flash2._spec import BACKWARD_MODES, AttentionSpec, make_spec
+from jax_flash2._spec import BACKWARD_MODES, FAMILIES, AttentionSpec, make_spec
 
 # What the forward saves for the backward beyond its inputs. Saving both by name, with
 # jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES), spares the second forward.
@@ -66,8 +66,9 @@ def attention(
       backward: "fused" takes five matrix products, and on a GPU adds dQ by atomics, so that its
         last bits may differ between runs; "deterministic" takes five, in a fixed order; "split"
         takes seven, in no more memory than the gradients. "auto" is the fastest for the call.
-      implementation: None is the kernel for the platform; "xla" the plain definition in
-        jax.numpy, with O(T * S) memory, for comparison.
+      implementation: None is the best kernel that the platform has; "cuda_sm80" the CUDA kernels
+        that every GPU since Ampere runs, where the GPU has faster ones too; "xla" the plain
+        definition in jax.numpy, with O(T * S) memory. The last two are for comparison.
       return_residual: returns (output, LSE) instead of output.
 
     Returns:
@@ -90,7 +91,7 @@ def attention(
     precision = _checks.precision(precision)
     return_residual = _checks.flag("return_residual", return_residual)
     _checks.choice("backward", backward, ("auto", *BACKWARD_MODES))
-    _checks.choice("implementation", implementation, (None, "xla"))
+    _checks.choice("implementation", implementation, (None, *FAMILIES, "xla"))
     is_causal = _checks.flag("is_causal", is_causal)
     window = _checks.window(local_window_size)
     offset = _checks.query_offset(query_offset, batch)
@@ -121,6 +122,7 @@ def attention(
             precision=precision,
             backward=backward,
             dtype=query.dtype,
+            implementation=implementation,
         )
         bounds = _bounds(query, key, traced_offset, query_lengths, kv_lengths)
         out, lse = _padded_attention(spec, query, key, value, bounds)

@@ -123,20 +123,26 @@ def _call(target, results, operands, bounds, spec):
     if bounds is not None:
         target, operands = f"{target}_ragged", (*operands, bounds)
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    return call(*_guard.bind(*operands), spec=dataclasses.asdict(spec))
+    operands = _guard.bind(*operands, family=spec.family)
+    return call(*operands, spec=dataclasses.asdict(spec))
 
 
 def _round_up(x, multiple):
     return (x + multiple - 1) // multiple * multiple
 
 
-def _check_platform(ctx, *operands):
+def _check_platform(ctx, *operands, family):
     """Raises where XLA would find no kernel, or one that refuses: an earlier and clearer text."""
     way_out = 'Run it on the CPU (jax.default_device), or use implementation="xla".'
     for platform in ctx.module_context.platforms:
         if platform not in ("cpu", "cuda"):
             raise NotImplementedError(
                 f"jax_flash2.attention: there is no kernel for platform {platform!r}. {way_out}"
+            )
+        if platform != "cuda" and family != "auto":
+            raise NotImplementedError(
+                f'jax_flash2.attention: implementation="cuda_{family}" needs a CUDA device, and '
+                f"this call is for platform {platform!r}. Leave implementation out."
             )
         if platform == "cuda" and ctx.avals_in[0].dtype == jnp.float64:
             raise NotImplementedError(
@@ -158,7 +164,7 @@ def _has_cuda_device():
         return False
 
 
-def _refuse_derivative(primals, tangents):
+def _refuse_derivative(primals, tangents, *, family):
     raise NotImplementedError(
         "jax_flash2.attention: there are no kernels for its second derivative. "
         'implementation="xla" has derivatives of every order.'
@@ -169,8 +175,11 @@ def _refuse_derivative(primals, tangents):
 # first to know the platform, and only a derivative of a derivative asks for its own.
 _guard = Primitive("jax_flash2_guard")
 _guard.multiple_results = True
-_guard.def_impl(lambda *operands: operands)
-_guard.def_abstract_eval(lambda *operands: operands)
+_guard.def_impl(lambda *operands, family: operands)
+_guard.def_abstract_eval(lambda *operands, family: operands)
 mlir.register_lowering(_guard, _check_platform)
-batching.primitive_batchers[_guard] = lambda operands, axes: (_guard.bind(*operands), axes)
+batching.primitive_batchers[_guard] = lambda operands, axes, *, family: (
+    _guard.bind(*operands, family=family),
+    axes,
+)
 ad.primitive_jvps[_guard] = _refuse_derivative

@@ -7,6 +7,8 @@ import jax
 # A band edge at or past this distance hides nothing; the same number as in cuda/core/mask.h.
 UNBOUNDED = 2**29
 BACKWARD_MODES = ("fused", "deterministic", "split")
+# Values of `implementation` that hold a call to one family of CUDA kernels.
+FAMILIES = {"cuda_sm80": "sm80"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,12 @@ class AttentionSpec:
     band_upper: int
     precision: str  # "default", "high" or "highest": how float32 products are taken
     backward: str  # one of BACKWARD_MODES
+    family: str  # CUDA kernels: "auto", the best for the device, or "sm80"
 
 
-def make_spec(*, scale, is_causal, window, offset, precision, backward, dtype) -> AttentionSpec:
+def make_spec(
+    *, scale, is_causal, window, offset, precision, backward, dtype, implementation=None
+) -> AttentionSpec:
     """The spec of a checked call; `offset` is the static part of the query offset."""
     lower, upper = band(is_causal, window, offset)
     return AttentionSpec(
@@ -33,6 +38,7 @@ def make_spec(*, scale, is_causal, window, offset, precision, backward, dtype) -
         band_upper=upper,
         precision=precision_name(precision) if dtype == "float32" else "default",
         backward="fused" if backward == "auto" else str(backward),
+        family=FAMILIES.get(implementation, "auto"),
     )
 
 

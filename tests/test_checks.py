@@ -121,8 +121,8 @@ ARGUMENTS = [
     ("precision", 3.5, ValueError, ['"highest"', "3.5"]),
     ("backward", "fast", ValueError, ["'auto', 'fused', 'deterministic', 'split'", "'fast'"]),
     ("backward", None, ValueError, ["'auto'", "None"]),
-    ("implementation", "cudnn", ValueError, ["None, 'xla'", "'cudnn'"]),
-    ("implementation", 0, ValueError, ["None, 'xla'", "0"]),
+    ("implementation", "cudnn", ValueError, ["None, 'cuda_sm80', 'xla'", "'cudnn'"]),
+    ("implementation", 0, ValueError, ["None, 'cuda_sm80', 'xla'", "0"]),
 ]
 
 

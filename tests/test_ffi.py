@@ -42,6 +42,7 @@ def test_lowering(platform):
         "band_upper": "-2 : i64",
         "precision": '"default"',
         "backward": '"split"',
+        "family": '"auto"',
     }
     assert custom_calls(text) == [
         ("jax_flash2_forward", attributes),
@@ -65,6 +66,13 @@ def test_no_platform_but_these():
     with pytest.raises(NotImplementedError, match=r"no kernel for platform 'tpu'.*xla"):
         lowered("tpu", *QKV)
     assert "jax_flash2" not in lowered("tpu", *QKV, implementation="xla")
+
+
+def test_a_family_of_cuda_kernels_is_for_cuda():
+    calls = custom_calls(lowered("cuda", *QKV, implementation="cuda_sm80"))
+    assert [spec["family"] for _, spec in calls] == ['"sm80"', '"sm80"']
+    with pytest.raises(NotImplementedError, match="cuda_sm80.*needs a CUDA device.*'cpu'"):
+        lowered("cpu", *QKV, implementation="cuda_sm80")
 
 
 def test_float64_is_for_the_cpu():
@@ -119,7 +127,7 @@ def test_every_result_is_written(mode, ragged, platform):
     def normal(*shape, dtype="bfloat16"):
         return jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(dtype)), device)
 
-    spec = AttentionSpec(0.1, -UNBOUNDED, 20, "default", mode)
+    spec = AttentionSpec(0.1, -UNBOUNDED, 20, "default", mode, "auto")
     qkv = normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv)
     cotangents = normal(b, t, n, hv), normal(b, n, t, dtype="float32")
     bounds = [np.array([[0, 200, 170], [-30, 150, 100]], np.int32)] if ragged else []

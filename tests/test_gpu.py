@@ -36,6 +36,7 @@ def test_bad_buffers_are_an_error_and_no_more():
         "band_upper": 0,
         "precision": "default",
         "backward": "fused",
+        "family": "auto",
     }
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"out should be bfloat16\[1,16,2,64\]"):
         jax.block_until_ready(jax.ffi.ffi_call("jax_flash2_forward", results)(x, x, x, spec=spec))

@@ -43,7 +43,7 @@ def test_every_field_is_of_its_type():
     made = spec()
     for field in dataclasses.fields(made):
         assert type(getattr(made, field.name)) is field.type
-    assert made == _spec.AttentionSpec(1.0, -1, 2, "high", "fused")
+    assert made == _spec.AttentionSpec(1.0, -1, 2, "high", "fused", "auto")
 
 
 def test_specs_are_hashable_and_frozen():

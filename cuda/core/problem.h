@@ -15,6 +15,8 @@ namespace jax_flash2 {
 enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 enum class Precision { kDefault, kHigh, kHighest };
 enum class BackwardMode { kFused, kDeterministic, kSplit };
+// Which CUDA kernels may run: the best for the device, or the sm_80 class that every GPU has.
+enum class Family { kAuto, kSm80 };
 
 inline constexpr int kMaxHeadDim = 256;
 // Workspaces are padded to whole tiles: T to kTokenTile, H to the next of kHeadDimTile. Every tile
@@ -46,6 +48,7 @@ struct ForwardProblem {
   Shape shape;
   DType dtype;          // of q, k, v, out
   Precision precision;  // float32 only
+  Family family;
   double scale;
   BandSpec band;
   const void* q;  // [B, T, N, H]
@@ -63,6 +66,7 @@ struct BackwardProblem {
   DType dtype;  // of everything that is not said to be float32
   Precision precision;
   BackwardMode mode;
+  Family family;
   double scale;
   BandSpec band;
   const void* q;     // [B, T, N, H]

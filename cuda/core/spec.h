@@ -16,7 +16,8 @@ namespace jax_flash2 {
   X(int64_t, band_lower)         /* query i sees key j only if j - i >= band_lower */     \
   X(int64_t, band_upper)         /* ... and j - i <= band_upper; see core/mask.h */       \
   X(std::string_view, precision) /* float32 products: "default", "high", "highest" */     \
-  X(std::string_view, backward)  /* "fused", "deterministic", "split" */
+  X(std::string_view, backward)  /* "fused", "deterministic", "split" */                  \
+  X(std::string_view, family)    /* CUDA kernels: "auto", the best for the device, or "sm80" */
 
 struct AttentionSpec {
 #define JAX_FLASH2_MEMBER(type, name) type name;

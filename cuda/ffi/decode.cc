@@ -166,6 +166,12 @@ Status decode_mode(std::string_view text, BackwardMode& mode) {
   return wrong("backward", "fused, deterministic or split", std::string(text));
 }
 
+Status decode_family(std::string_view text, Family& family) {
+  if (text == "auto") return family = Family::kAuto, Status();
+  if (text == "sm80") return family = Family::kSm80, Status();
+  return wrong("family", "auto or sm80", std::string(text));
+}
+
 // Scale, band and bounds, which forward and backward share.
 template <class Problem>
 Status decode_mask(const Call& call, const std::optional<AnyBuffer>& bounds,
@@ -198,6 +204,7 @@ Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem
   problem.out = b.out.untyped_data();
   problem.lse = b.lse.untyped_data();
   if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
+  if (Status s = decode_family(spec.family, problem.family); !s.ok()) return s;
   if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
   if (b.next_tile) {
     problem.next_tile = static_cast<int32_t*>(b.next_tile->untyped_data());
@@ -228,6 +235,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   problem.delta = b.delta.untyped_data();
   problem.scaled_lse = b.scaled_lse.untyped_data();
   if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
+  if (Status s = decode_family(spec.family, problem.family); !s.ok()) return s;
   if (Status s = decode_mode(spec.backward, problem.mode); !s.ok()) return s;
   if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
 

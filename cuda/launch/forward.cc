@@ -17,7 +17,7 @@ constexpr int kHeadDimCount = static_cast<int>(std::size(kHeadDims));
 // Whether the sm_90a kernels take this problem; the sm_80 class takes everything else.
 Status takes_sm90(const ForwardProblem& problem, bool& takes) {
   takes = false;
-  if (!kHasSm90 || problem.next_tile == nullptr) return {};
+  if (!kHasSm90 || problem.family == Family::kSm80 || problem.next_tile == nullptr) return {};
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return {};
   if (problem.shape.kv_len == 0) return {};  // no tensor map has an empty side
   if (!(problem.scale > 0)) return {};       // the largest score has the largest exponent
