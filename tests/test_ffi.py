@@ -71,7 +71,7 @@ def test_no_platform_but_these():
 def test_a_family_of_cuda_kernels_is_for_cuda():
     calls = custom_calls(lowered("cuda", *QKV, implementation="cuda_sm80"))
     assert [spec["family"] for _, spec in calls] == ['"sm80"', '"sm80"']
-    with pytest.raises(NotImplementedError, match="cuda_sm80.*needs a CUDA device.*'cpu'"):
+    with pytest.raises(NotImplementedError, match=r"cuda_sm80.*needs a CUDA device.*'cpu'"):
         lowered("cpu", *QKV, implementation="cuda_sm80")
 
 

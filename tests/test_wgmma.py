@@ -18,11 +18,9 @@ def test_every_shape_and_layout(tmp_path):
     if jax.devices("gpu")[0].compute_capability != "9.0":
         pytest.skip("wgmma is Hopper's")
     binary = tmp_path / "wgmma"
-    subprocess.run(
-        [nvcc, "-std=c++20", f"-I{HERE.parent / 'cuda'}", "-cudart", "static"]
-        + ["-gencode=arch=compute_90a,code=sm_90a", "-o", binary, HERE / "cuda" / "wgmma.cu"],
-        check=True,
-    )
+    flags = "-std=c++20 -cudart static -gencode=arch=compute_90a,code=sm_90a".split()
+    source = HERE / "cuda" / "wgmma.cu"
+    subprocess.run([nvcc, *flags, f"-I{HERE.parent / 'cuda'}", "-o", binary, source], check=True)
     run = subprocess.run([binary], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert run.stdout.strip().endswith("96 passed, 0 failed")

@@ -8,9 +8,8 @@
 //     The blocks of keys are added to a block of rows in rising order, whichever threads do it: so
 //     every run gives the same bits. Tasks are claimed in that order too, so a task waits only for
 //     tasks that are already running.
-// `rows`, one task a block of rows (split): the same from the other side, dQ stays in scratch
-// memory:
-//     S^T = K Q^T, dP^T = V dO^T, dQ += dS K.
+// `rows`, one task a block of rows (split): the same from the other side, S^T = K Q^T and
+// dP^T = V dO^T; dQ += dS K stays in scratch memory.
 #include "cpu/rows.h"
 
 namespace jax_flash2::cpu {

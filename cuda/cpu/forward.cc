@@ -3,11 +3,10 @@
 //  1. Q^T of the block is packed once: scores are computed transposed, S^T = K Q^T, so that a
 //     vector holds neighbouring rows, and the softmax needs no sums across a vector.
 //  2. The keys that any of the rows sees are visited in tiles; K and V of a tile are packed once
-//  for
-//     all rows. Keys that no row sees are never read.
+//     for all rows. Keys that no row sees are never read.
 //  3. For each tile of rows: S^T, masked only where the band's edge crosses the tile; the running
-//     maximum m; P = exp2(c S - m), c = scale * log2(e); the running sum l; O = exp2(m' - m) O + P
-//     V.
+//     maximum m; P = exp2(c S - m), c = scale * log2(e); the running sum l;
+//     O = exp2(m' - m) O + P V, m' being the maximum before.
 //  4. At the end O / l and LSE = m ln(2) + log(l).
 #include "cpu/rows.h"
 
@@ -57,9 +56,7 @@ class Forward {
         s_(scratch),
         view_(problem.shape, problem.dtype, problem.band, head),
         // The sign of the scale goes into Q, and so does a scale of 0: m is then of c S with c > 0.
-        sign_(static_cast<R>(problem.scale > 0   ? 1
-                             : problem.scale < 0 ? -1
-                                                 : 0)),
+        sign_(static_cast<R>((problem.scale > 0) - (problem.scale < 0))),
         log2_scale_(sign_ == 0 ? R(1) : static_cast<R>(problem.scale * kLog2E) * sign_) {}
 
   void run(Rows rows) {

@@ -80,9 +80,12 @@ JF2_INLINE bool any_nan(Vec<T> v) {
   return found;
 }
 
-// 2^x for x <= 0, within 2 ulp, and exactly 1 at 0; below the smallest normal number, 0. NaN stays
-// NaN. x = n + f with n an integer, |f| <= 1/2; 2^f by a polynomial, n added to its exponent.
+// 2^min(x, 0), within 2 ulp, and exactly 1 at 0; below the smallest normal number, 0. NaN stays
+// NaN. x = n + f with n an integer, |f| <= 1/2; 2^f by a polynomial, n added to its exponent. What
+// the softmax asks for is at most 0, but for the rounding of x, which can be large where the scores
+// are.
 JF2_INLINE Vec<float> exp2(Vec<float> x) {
+  x = x > 0.0f ? Vec<float>{} : x;
   constexpr float kRounder = 0x1.8p23f;  // adding it leaves n in the low bits of the mantissa
   const Vec<float> shifted = x + kRounder;
   const Vec<float> f = x - (shifted - kRounder);
@@ -104,6 +107,7 @@ JF2_INLINE Vec<double> exp2(Vec<double> x) {
       1.5252733804059841e-05, 1.5403530393381608e-04, 1.3333558146428443e-03,
       9.6181291076284772e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
       6.9314718055994531e-01};
+  x = x > 0.0 ? Vec<double>{} : x;
   const Vec<double> shifted = x + kRounder;
   const Vec<double> f = x - (shifted - kRounder);
   Vec<double> p = {};

@@ -17,11 +17,13 @@ inline constexpr int kPreprocessThreads = 256;
 // Sum of the products of two 16-byte chunks.
 template <typename Element>
 JF2_DEVICE float dot_chunk(uint4 a, uint4 b) {
-  const Element* x = reinterpret_cast<const Element*>(&a);
-  const Element* y = reinterpret_cast<const Element*>(&b);
+  constexpr int kCount = 16 / int(sizeof(Element));
+  Element x[kCount], y[kCount];
+  memcpy(x, &a, 16);
+  memcpy(y, &b, 16);
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 16 / int(sizeof(Element)); ++i) sum += float(x[i]) * float(y[i]);
+  for (int i = 0; i < kCount; ++i) sum += float(x[i]) * float(y[i]);
   return sum;
 }
 
