@@ -79,16 +79,24 @@ struct MathTf32 {
   struct FragmentB { Value x[2][2][2]; };  // [piece of 8 n][8 values of k][column t or t + 4]
 
   static JF2_DEVICE void mma(float (&c)[4], const FragmentA& a, const FragmentB& b, int piece) {
+    if constexpr (kSplit) {
+      // The tensor core truncates its sums, and over a long sum that bias outgrows float32's own
+      // error. Short sums here, small products first, and float32's rounding between them.
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int k8 = 0; k8 < 2; ++k8) {
-      const Value(&x)[4] = a.x[k8];
-      const Value(&y)[2] = b.x[piece][k8];
-      if constexpr (kSplit) {
-        // Small products first: they would be lost against a large sum.
-        ptx::mma_m16n8k8_tf32(c, {x[0].lo, x[1].lo, x[2].lo, x[3].lo}, y[0].hi, y[1].hi);
-        ptx::mma_m16n8k8_tf32(c, {x[0].hi, x[1].hi, x[2].hi, x[3].hi}, y[0].lo, y[1].lo);
+      for (int k8 = 0; k8 < 2; ++k8) {
+        const Value(&x)[4] = a.x[k8];
+        const Value(&y)[2] = b.x[piece][k8];
+        ptx::mma_m16n8k8_tf32(sum, {x[0].lo, x[1].lo, x[2].lo, x[3].lo}, y[0].hi, y[1].hi);
+        ptx::mma_m16n8k8_tf32(sum, {x[0].hi, x[1].hi, x[2].hi, x[3].hi}, y[0].lo, y[1].lo);
       }
-      ptx::mma_m16n8k8_tf32(c, {x[0].hi, x[1].hi, x[2].hi, x[3].hi}, y[0].hi, y[1].hi);
+#pragma unroll
+      for (int k8 = 0; k8 < 2; ++k8) mma_hi(sum, a.x[k8], b.x[piece][k8]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[e] += sum[e];
+    } else {
+#pragma unroll
+      for (int k8 = 0; k8 < 2; ++k8) mma_hi(c, a.x[k8], b.x[piece][k8]);
     }
   }
   static JF2_DEVICE FragmentA from_accumulators(const float (&left)[4], const float (&right)[4]) {
@@ -102,6 +110,11 @@ struct MathTf32 {
       a.x[k8][3].set(c[3]);  // row g + 8, column 2t + 1
     }
     return a;
+  }
+
+ private:
+  static JF2_DEVICE void mma_hi(float (&c)[4], const Value (&x)[4], const Value (&y)[2]) {
+    ptx::mma_m16n8k8_tf32(c, {x[0].hi, x[1].hi, x[2].hi, x[3].hi}, y[0].hi, y[1].hi);
   }
 };
 using Tf32 = MathTf32<false>;
