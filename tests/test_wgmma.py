@@ -18,7 +18,7 @@ def test_every_shape_and_layout(tmp_path):
     if jax.devices("gpu")[0].compute_capability != "9.0":
         pytest.skip("wgmma is Hopper's")
     binary = tmp_path / "wgmma"
-    flags = "-std=c++20 -cudart static -gencode=arch=compute_90a,code=sm_90a".split()
+    flags = ["-std=c++20", "-cudart", "static", "-gencode=arch=compute_90a,code=sm_90a"]
     source = HERE / "cuda" / "wgmma.cu"
     subprocess.run([nvcc, *flags, f"-I{HERE.parent / 'cuda'}", "-o", binary, source], check=True)
     run = subprocess.run([binary], capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 // The band: the one mask policy. Floor 0: plain C++ that nvcc compiles for the device too.
 //
-// Causal, window, offset and lengths are one thing: query row i sees keys lo(i) <= j < hi(i), and both
-// ends never decrease with i. The forward, the backward and the CPU handlers ask this file
+// Causal, window, offset and lengths are one thing: query row i sees keys lo(i) <= j < hi(i), and
+// both ends never decrease with i. The forward, the backward and the CPU handlers ask this file
 // alone which keys a tile must load, whether a tile is partial, and whether (i, j) is allowed.
 #pragma once
 
@@ -15,8 +15,8 @@
 
 namespace jax_flash2 {
 
-// A band edge at or past this distance hides nothing. Token counts and finite distances stay below it
-// (jax_flash2/_spec.py), so that sums of two of them fit an int32.
+// A band edge at or past this distance hides nothing. Token counts and finite distances stay below
+// it (jax_flash2/_spec.py), so that sums of two of them fit an int32.
 inline constexpr int kUnbounded = 1 << 29;
 // The longest sequence: i + offset + window then stays inside an int32.
 inline constexpr int kMaxLength = 1 << 28;
@@ -37,7 +37,7 @@ static_assert(sizeof(Bounds) == 12, "Bounds mirrors a row of the int32 [B, 3] op
 
 // The mask of one sequence.
 struct Band {
-  int lower, upper;           // j - i in [lower, upper], offset included; see unbounded()
+  int lower, upper;  // j - i in [lower, upper], offset included; see unbounded()
   int query_length, kv_length;
 
   static JF2_HOST_DEVICE int clamp(int x, int low, int high) {

@@ -1,9 +1,10 @@
 // What a kernel is asked to do: shapes, dtypes and pointers, the same for CUDA and for the host.
 // Floor 0: plain C++. Every buffer is dense and row-major; the shape stands beside each pointer.
 //
-// Letters (as in the public contract): B batch (all leading axes flattened), T query length, S key/value
-// length, N query heads, K key/value heads (N % K == 0, query head n reads head n / (N / K)), H head
-// dim of query and key, Hv head dim of value. H and Hv are multiples of 8 (Python pads).
+// Letters (as in the public contract): B batch (all leading axes flattened), T query length, S
+// key/value length, N query heads, K key/value heads (N % K == 0, query head n reads head n / (N /
+// K)), H head dim of query and key, Hv head dim of value. H and Hv are multiples of 8 (Python
+// pads).
 #pragma once
 
 #include <cstdint>
@@ -51,16 +52,17 @@ struct ForwardProblem {
   Family family;
   double scale;
   BandSpec band;
-  const void* q;  // [B, T, N, H]
-  const void* k;  // [B, S, K, H]
-  const void* v;  // [B, S, K, Hv]
-  void* out;      // [B, T, N, Hv]
-  void* lse;      // [B, N, T], float32 (float64 where dtype is), natural log
+  const void* q;       // [B, T, N, H]
+  const void* k;       // [B, S, K, H]
+  const void* v;       // [B, S, K, Hv]
+  void* out;           // [B, T, N, Hv]
+  void* lse;           // [B, N, T], float32 (float64 where dtype is), natural log
   int32_t* next_tile;  // workspace, one number: the queue of tiles of persistent kernels
 };
 
 // D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),
-// dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO; dK and dV are summed over the heads of a group.
+// dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO; dK and dV are summed over the heads of a
+// group.
 struct BackwardProblem {
   Shape shape;
   DType dtype;  // of everything that is not said to be float32
@@ -80,9 +82,9 @@ struct BackwardProblem {
   void* dk;          // [B, S, K, H]
   void* dv;          // [B, S, K, Hv]
   // Workspaces: declared results, so that XLA plans their memory; uninitialised on entry.
-  void* delta;          // [B, N, Tp] as lse: D; Tp = round_up(T, kTokenTile)
-  void* scaled_lse;     // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
-  void* dq_accum;       // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
+  void* delta;       // [B, N, Tp] as lse: D; Tp = round_up(T, kTokenTile)
+  void* scaled_lse;  // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
+  void* dq_accum;    // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
   int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
 };
 

@@ -3,13 +3,13 @@
 // A `Math` is a kernel's element type together with how its products are formed. Fragments cover 16
 // values of k for every Math, so that the loops above need not know which one runs:
 //   Float16, BFloat16  one m16n8k16
-//   Tf32               two m16n8k8 on operands rounded to TF32: relative error about 2^-11 a product
-//   Tf32x3             each operand as hi + lo, lo * lo dropped: about 2^-22 a product
+//   Tf32               two m16n8k8 on operands rounded to TF32: relative error about 2^-11 a
+//   product Tf32x3             each operand as hi + lo, lo * lo dropped: about 2^-22 a product
 //
 // The float32 Maths number k their own way: within 8 values of k, lane t of a quad holds k = 2t in
-// the instruction's column t and k = 2t + 1 in its column t + 4. Any numbering is right as long as A
-// and B share it, and this one makes an accumulator, whose lane t holds columns 2t and 2t + 1, an A
-// operand as it stands.
+// the instruction's column t and k = 2t + 1 in its column t + 4. Any numbering is right as long as
+// A and B share it, and this one makes an accumulator, whose lane t holds columns 2t and 2t + 1, an
+// A operand as it stands.
 #pragma once
 
 #include "device/ptx_sm80.cuh"
@@ -39,8 +39,12 @@ inline constexpr float kLargest<__half> = 65504.f;
 template <typename Element_>
 struct Math16 {
   using Element = Element_;
-  struct FragmentA { uint32_t x[4]; };     // 16 m x 16 k
-  struct FragmentB { uint32_t x[2][2]; };  // two pieces of 8 n x 16 k
+  struct FragmentA {
+    uint32_t x[4];
+  };  // 16 m x 16 k
+  struct FragmentB {
+    uint32_t x[2][2];
+  };  // two pieces of 8 n x 16 k
 
   static JF2_DEVICE void mma(float (&c)[4], const FragmentA& a, const FragmentB& b, int piece) {
     ptx::mma_m16n8k16<Element>(c, a.x, b.x[piece][0], b.x[piece][1]);
@@ -75,8 +79,12 @@ template <bool kSplit>
 struct MathTf32 {
   using Element = float;
   using Value = Tf32Value<kSplit>;
-  struct FragmentA { Value x[2][4]; };     // [8 values of k][row g or g + 8, column t or t + 4]
-  struct FragmentB { Value x[2][2][2]; };  // [piece of 8 n][8 values of k][column t or t + 4]
+  struct FragmentA {
+    Value x[2][4];
+  };  // [8 values of k][row g or g + 8, column t or t + 4]
+  struct FragmentB {
+    Value x[2][2][2];
+  };  // [piece of 8 n][8 values of k][column t or t + 4]
 
   static JF2_DEVICE void mma(float (&c)[4], const FragmentA& a, const FragmentB& b, int piece) {
     if constexpr (kSplit) {
@@ -103,7 +111,7 @@ struct MathTf32 {
     FragmentA a;
 #pragma unroll
     for (int k8 = 0; k8 < 2; ++k8) {
-      const float(&c)[4] = k8 == 0 ? left : right;
+      const float (&c)[4] = k8 == 0 ? left : right;
       a.x[k8][0].set(c[0]);  // row g, column 2t
       a.x[k8][1].set(c[2]);  // row g + 8, column 2t
       a.x[k8][2].set(c[1]);  // row g, column 2t + 1

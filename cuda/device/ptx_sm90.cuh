@@ -1,5 +1,5 @@
-// Thin wrappers of the PTX that sm_90a brought: mbarriers, the bulk tensor copy engine (TMA), warpgroup
-// registers and fences. One instruction a function. wgmma itself stands in ptx_wgmma.cuh.
+// Thin wrappers of the PTX that sm_90a brought: mbarriers, the bulk tensor copy engine (TMA),
+// warpgroup registers and fences. One instruction a function. wgmma itself stands in ptx_wgmma.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +11,8 @@ namespace jax_flash2::ptx {
 
 // ---- mbarrier: phases of arrivals and, for the copy engine, of bytes
 JF2_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
+               : "memory");
 }
 // Makes freshly initialised barriers visible to the copy engine.
 JF2_DEVICE void fence_mbarrier_init() {
@@ -39,15 +40,16 @@ JF2_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // ---- TMA: boxes of a 4-D tensor, coordinates innermost first
-JF2_DEVICE void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x0, int x1,
-                            int x2, int x3) {
+JF2_DEVICE void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x0,
+                            int x1, int x2, int x3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
       : "memory");
 }
-JF2_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t shared, int x0, int x1, int x2, int x3) {
+JF2_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t shared, int x0, int x1, int x2,
+                             int x3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
           map),
@@ -69,7 +71,9 @@ JF2_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 // Orders this thread's shared-memory stores before later reads by wgmma or the copy engine.
-JF2_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+JF2_DEVICE void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
 
 // ---- warpgroups
 template <int kRegisters>

@@ -23,9 +23,9 @@ struct PanelTile {
     return base + (col / kPanelCols) * kPanelBytes + row * kPanelRowBytes +
            (((col % kPanelCols) * 2) ^ ((row & 7) * 16));
   }
-  // The tile as an operand of wgmma: the low word of its descriptor (address and leading offset, both in
-  // units of 16 bytes; ptx_wgmma.cuh adds the high one). What the operand begins with moves by an offset.
-  // K-major: rows are m or n, columns k.
+  // The tile as an operand of wgmma: the low word of its descriptor (address and leading offset,
+  // both in units of 16 bytes; ptx_wgmma.cuh adds the high one). What the operand begins with moves
+  // by an offset. K-major: rows are m or n, columns k.
   JF2_DEVICE uint32_t k_major() const { return base >> 4 | 1 << 16; }
   // To row `row` (a multiple of 8) and the 16 values of k from `k` (a multiple of 16).
   static JF2_DEVICE uint32_t k_major_offset(int row, int k) {

@@ -1,12 +1,13 @@
 // A swizzled matrix in shared memory.
 //
-// Columns are cut into panels of 128 bytes (64 where 128 do not divide a row); a panel holds all rows,
-// one after the other. Inside a row of a panel the 16-byte chunks are permuted by the row, so that the
-// eight rows that an ldmatrix reads at once, or the accesses of the float32 fragments, fall into
-// different banks:
+// Columns are cut into panels of 128 bytes (64 where 128 do not divide a row); a panel holds all
+// rows, one after the other. Inside a row of a panel the 16-byte chunks are permuted by the row, so
+// that the eight rows that an ldmatrix reads at once, or the accesses of the float32 fragments,
+// fall into different banks:
 //   16-bit, 128-byte panels   chunk ^ (row % 8)
 //   16-bit,  64-byte panels   chunk ^ (row / 2 % 4)
-//   float32                   chunk ^ 2 * ((row % 8 + row % 8 / 4) % 4): pairs of chunks stay together,
+//   float32                   chunk ^ 2 * ((row % 8 + row % 8 / 4) % 4): pairs of chunks stay
+//   together,
 //                             rows {0..3}, {4..7}, the even and the odd ones all differ
 // The permutation is an exclusive-or with bits that repeat every 8 rows, so stepping by multiples
 // of 16 rows adds a constant, and stepping over columns is one exclusive-or with a constant.
@@ -40,8 +41,8 @@ struct SmemTile {
     return base + (byte / kPanelBytes) * (kRows * kPanelBytes) + row * kPanelBytes +
            ((byte % kPanelBytes) ^ swizzle(row));
   }
-  // The address `rows` (a multiple of 8) and `cols` away from `address`, both known at compile time;
-  // the bits of `cols` must be clear in the column of `address`.
+  // The address `rows` (a multiple of 8) and `cols` away from `address`, both known at compile
+  // time; the bits of `cols` must be clear in the column of `address`.
   static JF2_DEVICE uint32_t step(uint32_t address, int rows, int cols) {
     const uint32_t byte = cols * sizeof(Element);
     return (address ^ (byte % kPanelBytes)) + (byte / kPanelBytes) * (kRows * kPanelBytes) +

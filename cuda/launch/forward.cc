@@ -1,5 +1,5 @@
-// Chooses the forward kernel: the family of the device, then the smallest head dim of this build that
-// holds H and Hv.
+// Chooses the forward kernel: the family of the device, then the smallest head dim of this build
+// that holds H and Hv.
 #include "launch/forward.h"
 
 #include <algorithm>

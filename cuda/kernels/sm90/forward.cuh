@@ -1,8 +1,9 @@
-// The sm_90a forward for float16 and bfloat16: FlashAttention-2's algorithm (cuda/README.md, steps F1 to
-// F7) with warp-specialised roles.
+// The sm_90a forward for float16 and bfloat16: FlashAttention-2's algorithm (cuda/README.md, steps
+// F1 to F7) with warp-specialised roles.
 //
-//   1 A persistent block takes query tiles (kBlockQ rows of one head) from a queue until it is empty.
-//   2 The producer thread fetches the next tile's number, loads its Q, and streams the K and V tiles
+//   1 A persistent block takes query tiles (kBlockQ rows of one head) from a queue until it is
+//   empty. 2 The producer thread fetches the next tile's number, loads its Q, and streams the K and
+//   V tiles
 //     that the band shows, right to left, through a ring of stages: K(j) before V(j + 1).
 //   3 Each consumer warpgroup owns 64 rows. One step of its flat loop over (tile, key block):
 //     a  S = Q K(j)^T and O += P V(of the step before) go to the tensor cores together;
@@ -11,11 +12,14 @@
 //     d  O arrives: V's stage is free. If the step opened a new tile, the old one is finished here:
 //        O / l through shared memory to global, log-sum-exp beside it. Else O and l are rescaled if
 //        the maximum grew by more than kRescaleLog2.
-//   4 Where the tile's row says so, a warpgroup issues its products in turn (ping-pong), so that one's
+//   4 Where the tile's row says so, a warpgroup issues its products in turn (ping-pong), so that
+//   one's
 //     softmax runs under the other's products.
-//   5 The row maximum is looked for in a tile's first block and in blocks that the band cuts; in between
-//     the stale one serves, and no time goes into maxima. If P grows too large under it (kStaleLimit), the
-//     warp puts the tile on a list and looks from then on; the list is done again in a second round.
+//   5 The row maximum is looked for in a tile's first block and in blocks that the band cuts; in
+//   between
+//     the stale one serves, and no time goes into maxima. If P grows too large under it
+//     (kStaleLimit), the warp puts the tile on a list and looks from then on; the list is done
+//     again in a second round.
 #pragma once
 
 #include "core/problem.h"
@@ -35,7 +39,9 @@ struct TileOrder {
   int heads;          // B * N
   int section_heads;  // heads taken together, longest tiles first; 0: head by head
 
-  struct Tile { int head, query_tile; };
+  struct Tile {
+    int head, query_tile;
+  };
   JF2_DEVICE int tiles() const { return query_tiles * heads; }
   JF2_DEVICE Tile at(int i) const {
     if (section_heads == 0) return {i / query_tiles, i % query_tiles};
@@ -52,20 +58,20 @@ struct ForwardParams {
   float scale;       // of the logits
   float scale_log2;  // scale * log2(e)
   TileOrder order;
-  float* lse;        // [B, N, T]
-  void* out;         // [B, T, N, Hv]: for tiles that see nothing
-  int* next_tile;    // the queue: tiles handed out beyond the first of each block, 0 at launch
+  float* lse;      // [B, N, T]
+  void* out;       // [B, T, N, Hv]: for tiles that see nothing
+  int* next_tile;  // the queue: tiles handed out beyond the first of each block, 0 at launch
 };
 
 // One query tile. The producer works it out and leaves it in shared memory; consumers read the few
 // fields they need when they need them, and keep none in registers.
 struct alignas(16) ForwardTile {
-  int index;                  // in the queue
-  int batch, head, row;       // row: the first
+  int index;             // in the queue
+  int batch, head, row;  // row: the first
   Band band;
-  Range visible;              // keys that some query of the sequence sees
-  int first_key, blocks;      // key blocks that some row of the tile sees
-  int full_begin, full_end;   // of them, those that every row sees whole
+  Range visible;             // keys that some query of the sequence sees
+  int first_key, blocks;     // key blocks that some row of the tile sees
+  int full_begin, full_end;  // of them, those that every row sees whole
 
   static constexpr int kSlots = 4;  // the producer is at most two tiles ahead
 };
@@ -137,8 +143,8 @@ struct ForwardSmem {
   }
 };
 
-// Where a running count stands in a ring of kSize slots: the slot, and the parity of its current phase,
-// which flips each time round.
+// Where a running count stands in a ring of kSize slots: the slot, and the parity of its current
+// phase, which flips each time round.
 template <int kSize>
 struct Ring {
   static_assert((kSize & (kSize - 1)) == 0, "rings are powers of two");
@@ -146,7 +152,8 @@ struct Ring {
   static JF2_DEVICE uint32_t parity(uint32_t count) { return count / kSize & 1; }
 };
 
-// ---- producer: one warp ---------------------------------------------------------------------------
+// ---- producer: one warp
+// ---------------------------------------------------------------------------
 
 JF2_DEVICE void load_rows(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
                           uint32_t full, int head, int row, int batch) {
@@ -161,7 +168,8 @@ JF2_DEVICE void write_hidden_tile(const ForwardParams& p, const ForwardTile& til
   const Shape& s = p.shape;
   const int rows = min(kTiles.block_q(), s.query_len - tile.row);
   for (int r = lane; r < rows; r += 32)
-    p.lse[(int64_t(tile.batch) * s.query_heads + tile.head) * s.query_len + tile.row + r] = -INFINITY;
+    p.lse[(int64_t(tile.batch) * s.query_heads + tile.head) * s.query_len + tile.row + r] =
+        -INFINITY;
   const int chunks = s.value_dim / 8;  // of 16 bytes
   uint4* out = static_cast<uint4*>(p.out);
   for (int i = lane; i < rows * chunks; i += 32) {
@@ -188,14 +196,14 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     const int slot = KVRing::slot(v_count);
     ptx::mbarrier_wait(smem.v_empty(slot), KVRing::parity(v_count) ^ 1);
     if (lane == 0)
-      load_rows(smem.v(slot).base, KV::kPanelBytes, KV::kPanels, v_map, smem.v_full(slot), v_head, v_key,
-                v_batch);
+      load_rows(smem.v(slot).base, KV::kPanelBytes, KV::kPanels, v_map, smem.v_full(slot), v_head,
+                v_key, v_batch);
     ++v_count;
     v_waits = false;
   };
 
-  // Streams tile `index`. Returns the next of the queue if `fetch`: asked for early, so that the round
-  // trip hides behind this tile's loads.
+  // Streams tile `index`. Returns the next of the queue if `fetch`: asked for early, so that the
+  // round trip hides behind this tile's loads.
   auto hand_out = [&](int index, bool fetch) __attribute__((always_inline)) {
     int next = 0;
     ForwardTile& tile = smem.tiles[count % ForwardTile::kSlots];
@@ -223,8 +231,8 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
       const int slot = KVRing::slot(k_count);
       ptx::mbarrier_wait(smem.k_empty(slot), KVRing::parity(k_count) ^ 1);
       if (lane == 0)
-        load_rows(smem.k(slot).base, KV::kPanelBytes, KV::kPanels, k_map, smem.k_full(slot), kv_head, key,
-                  batch);
+        load_rows(smem.k(slot).base, KV::kPanelBytes, KV::kPanels, k_map, smem.k_full(slot),
+                  kv_head, key, batch);
       ++k_count;
       load_waiting_v();
       v_waits = true, v_head = kv_head, v_key = key, v_batch = batch;
@@ -267,10 +275,14 @@ JF2_DEVICE void produce(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
 
 // ---- consumer -----------------------------------------------------------------------------------
 
-enum NamedBarrier { kTurn = 1, kWarpgroup = 5, kAllConsumers = 9 };  // + warpgroup for the first two
+enum NamedBarrier {
+  kTurn = 1,
+  kWarpgroup = 5,
+  kAllConsumers = 9
+};  // + warpgroup for the first two
 
-// What a warp takes for the row maximum of a block that the band does not cut: the stale one, until that
-// failed once; in the second round, which does those tiles again, nothing but a look.
+// What a warp takes for the row maximum of a block that the band does not cut: the stale one, until
+// that failed once; in the second round, which does those tiles again, nothing but a look.
 enum class Trust { kStale, kNothing, kLastRound };
 
 template <ForwardTiles kTiles, typename Math>
@@ -297,8 +309,8 @@ struct Consumer {
   JF2_DEVICE int row_in_tile() const { return warpgroup * 64 + warp * 16 + (lane >> 2); }
 
   JF2_DEVICE void issue_qk(int q_slot, int k_slot) {
-    const uint32_t q = ptx::opaque(smem.q(q_slot).k_major() +
-                                   Smem::Q::k_major_offset(warpgroup * 64, 0));
+    const uint32_t q =
+        ptx::opaque(smem.q(q_slot).k_major() + Smem::Q::k_major_offset(warpgroup * 64, 0));
     const uint32_t k = ptx::opaque(smem.k(k_slot).k_major());
 #pragma unroll
     for (int d = 0; d < kTiles.head_dim; d += 16)
@@ -310,7 +322,7 @@ struct Consumer {
     const uint32_t v = ptx::opaque(smem.v(v_slot).outer_major());
 #pragma unroll
     for (int k = 0; k < kTiles.block_k; k += 16) {
-      const uint32_t(&a)[4] = *reinterpret_cast<const uint32_t(*)[4]>(&packed[k / 4]);
+      const uint32_t (&a)[4] = *reinterpret_cast<const uint32_t (*)[4]>(&packed[k / 4]);
       PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), 1);
     }
     ptx::wgmma_commit();
@@ -336,7 +348,8 @@ struct Consumer {
   JF2_DEVICE float row_max(int half) const {
     float x = fmaxf(s[half * 2], s[half * 2 + 1]);
 #pragma unroll
-    for (int j = 1; j < kS / 4; ++j) x = fmaxf(x, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
+    for (int j = 1; j < kS / 4; ++j)
+      x = fmaxf(x, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
@@ -384,7 +397,8 @@ struct Consumer {
     for (int i = 0; i < kS / 2; ++i) packed[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // The tile's log-sum-exp, to global memory; its rows' l becomes 1 / l, 0 for a row that sees nothing.
+  // The tile's log-sum-exp, to global memory; its rows' l becomes 1 / l, 0 for a row that sees
+  // nothing.
   JF2_DEVICE void finish_rows(const ForwardTile& tile) {
     const Shape& shape = p.shape;
 #pragma unroll
@@ -457,23 +471,24 @@ JF2_DEVICE void clear_hidden_values(typename ForwardSmem<kTiles>::KV v, int key,
 }
 
 template <ForwardTiles kTiles, typename Math>
-JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const CUtensorMap* out_map) {
+JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
+                        const CUtensorMap* out_map) {
   using Work = Consumer<kTiles, Math>;
   constexpr int kBlockK = kTiles.block_k, kS = Work::kS, kSlots = ForwardTile::kSlots;
   const int lane = threadIdx.x & 31, warpgroup = ptx::uniform(threadIdx.x / 128) - 1;
   Work c{p, smem, out_map, warpgroup, int(threadIdx.x / 32 % 4), lane};
   using QRing = Ring<kTiles.q_buffers>;
   using KVRing = Ring<kTiles.stages>;
-  uint32_t count = 0;       // tiles taken
-  uint32_t steps = 0;       // K tiles used; V's follow one behind
-  bool v_cut = false;       // the band cuts the block whose P waits for its product with V
+  uint32_t count = 0;  // tiles taken
+  uint32_t steps = 0;  // K tiles used; V's follow one behind
+  bool v_cut = false;  // the band cuts the block whose P waits for its product with V
   Trust trust = Trust::kStale;
 
   auto release = [&](uint32_t empty) __attribute__((always_inline)) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
   // The tile in hand, and the one before it.
-  auto tile = [&](int back = 0) __attribute__((always_inline))->const ForwardTile& {
+  auto tile = [&](int back = 0) __attribute__((always_inline)) -> const ForwardTile& {
     return smem.tiles[(count - 1 - back) % kSlots];
   };
   // Takes the next tile; false at the end of the round.
@@ -499,7 +514,8 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
   auto await_v = [&]() __attribute__((always_inline)) {
     ptx::mbarrier_wait(smem.v_full(KVRing::slot(steps - 1)), KVRing::parity(steps - 1));
   };
-  // Before the product with V of block j of tile t: values that no query of the sequence sees become 0.
+  // Before the product with V of block j of tile t: values that no query of the sequence sees
+  // become 0.
   auto clear_hidden = [&](const ForwardTile& t, int j) __attribute__((always_inline)) {
     if (!v_cut) return;
     const Range visible = t.visible;
@@ -539,7 +555,8 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     c.pin_o();
     release(smem.v_empty(KVRing::slot(steps - 1 - behind)));
   };
-  // S -> P, m and l of a tile's first block. A row that sees nothing yet starts far below any score.
+  // S -> P, m and l of a tile's first block. A row that sees nothing yet starts far below any
+  // score.
   auto open_rows = [&]() __attribute__((always_inline)) {
     float m_log2[2];
 #pragma unroll
@@ -568,9 +585,12 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     c.mask(tile(), tile().first_key + j * kBlockK);
   };
   // A stale maximum is trusted as long as P stays small; else the tile is done again, looking.
+  auto note_redo = [&]() __attribute__((always_inline)) {
+    smem.redo()[warpgroup * 4 + c.warp] = tile().index;
+  };
   auto distrust = [&](const float (&sum)[2]) __attribute__((always_inline)) {
     if (trust == Trust::kStale && __any_sync(~0u, !(fmaxf(sum[0], sum[1]) <= Work::kStaleLimit))) {
-      if (lane == 0) smem.redo()[warpgroup * 4 + c.warp] = tile().index;
+      note_redo();
       trust = Trust::kNothing;
     }
   };
@@ -604,6 +624,9 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
     }
     const float m_log2[2] = {top[0] * p.scale_log2, top[1] * p.scale_log2};
     c.template exponentiate<0, kS / 2>(m_log2, sum);
+    // The first half of P is worked out while the product with V still runs: the compiler would
+    // move it behind the wait, but not across this branch (measured: 5%).
+    if (!looks && !(fmaxf(sum[0], sum[1]) <= Work::kStaleLimit)) note_redo();
     await_o(1);
     c.template exponentiate<kS / 2, kS>(m_log2, sum);
     if (grown) c.rescale(top);
@@ -656,7 +679,8 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
         release_q();
       }
     }
-    // O is written: what is done again must come after it, and shared memory must outlive the reads.
+    // O is written: what is done again must come after it, and shared memory must outlive the
+    // reads.
     if (lane == 0) ptx::bulk_wait<0>();
     release_q();
     release(smem.drained());
@@ -671,16 +695,17 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem, const 
 // __global__ template in host code.)
 template <int kHeadDim, typename Math>
 __global__ void __launch_bounds__(forward_tiles(kHeadDim).threads(), 1)
-    forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+    forward_kernel(const __grid_constant__ CUtensorMap q_map,
+                   const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map,
                    const __grid_constant__ CUtensorMap out_map,
                    const __grid_constant__ ForwardParams p) {
   constexpr ForwardTiles kTiles = forward_tiles(kHeadDim);
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::shared_address(shared), base = (unaligned + 1023) & ~1023u;
-  const ForwardSmem<kTiles> smem{
-      base, reinterpret_cast<ForwardTile*>(shared + (base - unaligned) +
-                                           ForwardSmem<kTiles>::kTileRecords)};
+  const ForwardSmem<kTiles> smem{base,
+                                 reinterpret_cast<ForwardTile*>(shared + (base - unaligned) +
+                                                                ForwardSmem<kTiles>::kTileRecords)};
   const int thread = threadIdx.x;
   if (thread == 0) {
     constexpr int kWarps = ForwardSmem<kTiles>::kWarps;

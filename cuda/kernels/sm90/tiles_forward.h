@@ -9,13 +9,13 @@ namespace jax_flash2::sm90 {
 enum class Turn { kNone, kScores, kScoresAndOutput };
 
 struct ForwardTiles {
-  int head_dim;             // of query, key and value; smaller ones round up
-  int consumers;            // warpgroups of 64 query rows
-  int block_k;              // keys a step
-  int stages;               // K and V tiles in flight, each
-  int q_buffers;            // 2: the next tile's Q loads during this one, and O has a buffer of its own
+  int head_dim;   // of query, key and value; smaller ones round up
+  int consumers;  // warpgroups of 64 query rows
+  int block_k;    // keys a step
+  int stages;     // K and V tiles in flight, each
+  int q_buffers;  // 2: the next tile's Q loads during this one, and O has a buffer of its own
   Turn turn;
-  int producer_registers;   // a thread, after setmaxnreg
+  int producer_registers;  // a thread, after setmaxnreg
   int consumer_registers;
 
   JF2_HOST_DEVICE constexpr int block_q() const { return 64 * consumers; }
@@ -25,21 +25,46 @@ struct ForwardTiles {
 // Measured choices: benchmarks/RESULTS.md. S (block_k / 2 registers), P (block_k / 4) and O
 // (head_dim / 2) must fit a consumer thread; Q, K, V and O the 227 KB of shared memory.
 inline constexpr ForwardTiles kForwardTiles[] = {
-    {.head_dim = 64, .consumers = 4, .block_k = 64, .stages = 4, .q_buffers = 2,
+    {.head_dim = 64,
+     .consumers = 4,
+     .block_k = 64,
+     .stages = 4,
+     .q_buffers = 2,
      .turn = Turn::kNone,
-     .producer_registers = 32, .consumer_registers = 112},
-    {.head_dim = 96, .consumers = 2, .block_k = 128, .stages = 2, .q_buffers = 2,
+     .producer_registers = 32,
+     .consumer_registers = 112},
+    {.head_dim = 96,
+     .consumers = 2,
+     .block_k = 128,
+     .stages = 2,
+     .q_buffers = 2,
      .turn = Turn::kScoresAndOutput,
-     .producer_registers = 40, .consumer_registers = 232},
-    {.head_dim = 128, .consumers = 2, .block_k = 128, .stages = 2, .q_buffers = 2,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 128,
+     .consumers = 2,
+     .block_k = 128,
+     .stages = 2,
+     .q_buffers = 2,
      .turn = Turn::kScoresAndOutput,
-     .producer_registers = 40, .consumer_registers = 232},
-    {.head_dim = 192, .consumers = 2, .block_k = 96, .stages = 2, .q_buffers = 1,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 192,
+     .consumers = 2,
+     .block_k = 96,
+     .stages = 2,
+     .q_buffers = 1,
      .turn = Turn::kScores,
-     .producer_registers = 40, .consumer_registers = 232},
-    {.head_dim = 256, .consumers = 2, .block_k = 80, .stages = 2, .q_buffers = 1,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 256,
+     .consumers = 2,
+     .block_k = 80,
+     .stages = 2,
+     .q_buffers = 1,
      .turn = Turn::kScores,
-     .producer_registers = 40, .consumer_registers = 232},
+     .producer_registers = 40,
+     .consumer_registers = 232},
 };
 
 JF2_HOST_DEVICE constexpr ForwardTiles forward_tiles(int head_dim) {
