@@ -5,9 +5,10 @@
 //  2. The keys that any of the rows sees are visited in tiles; K and V of a tile are packed once
 //     for all rows. Keys that no row sees are never read.
 //  3. For each tile of rows: S^T, masked only where the band's edge crosses the tile; the running
-//     maximum m; P = exp2(c S - m), c = scale * log2(e); the running sum l;
-//     O = exp2(m' - m) O + P V, m' being the maximum before.
-//  4. At the end O / l and LSE = m ln(2) + log(l).
+//     maximum m; P = exp2(c (S - m)), c = scale * log2(e); the running sum l;
+//     O = exp2(c (m' - m)) O + P V, m' being the maximum before. (One fused c S - c m would be
+//     cheaper, and lose the row where the scores are so large that c m is rounded by more than 1.)
+//  4. At the end O / l and LSE = scale m + log(l).
 #include "cpu/rows.h"
 
 namespace jax_flash2::cpu {
@@ -55,7 +56,7 @@ class Forward {
       : p_(problem),
         s_(scratch),
         view_(problem.shape, problem.dtype, problem.band, head),
-        // The sign of the scale goes into Q, and so does a scale of 0: m is then of c S with c > 0.
+        // The sign of the scale goes into Q, and so does a scale of 0: m is then of S, with c > 0.
         sign_(static_cast<R>((problem.scale > 0) - (problem.scale < 0))),
         log2_scale_(sign_ == 0 ? R(1) : static_cast<R>(problem.scale * kLog2E) * sign_) {}
 
@@ -162,18 +163,17 @@ class Forward {
     R* column = s_.scores + j;
     Vec<R> largest = splat(-kInf);
     for (int k = 0; k < keys; ++k) largest = max(largest, load(column + k * kScorePitch));
-    largest *= log2_scale_;
     const Vec<R> before = tile.started ? load(tile.max + j) : splat(-kInf);
     const Vec<R> now = max(largest, before);
     // A row that has seen nothing yet: any finite shift makes its P zero.
     const Vec<R> shift = now == -kInf ? Vec<R>{} : now;
-    const Vec<R> rescale = exp2(before - shift);
+    const Vec<R> rescale = exp2((before - shift) * log2_scale_);
     Vec<R> sum = tile.started ? load(tile.sum + j) * rescale : Vec<R>{};
     for (int k = 0; k < keys; k += kDepth<Unit>) {
-      const Vec<R> p = exp2(load(column + k * kScorePitch) * log2_scale_ - shift);
+      const Vec<R> p = exp2((load(column + k * kScorePitch) - shift) * log2_scale_);
       sum += p;
       if constexpr (kIsPair<Unit>) {
-        const Vec<R> next = exp2(load(column + (k + 1) * kScorePitch) * log2_scale_ - shift);
+        const Vec<R> next = exp2((load(column + (k + 1) * kScorePitch) - shift) * log2_scale_);
         sum += next;
         store(s_.paired_p + k / 2 * kScorePitch + j, pair_lanes(p, next));
       } else {
@@ -196,7 +196,8 @@ class Forward {
                 empty ? R(0) : 1 / tile.sum[i], width,
                 element(p_.out, p_.dtype, view_.row_index(row, width)));
       lse[view_.statistic_index(row, p_.shape.query_len)] =
-          empty ? -kInf : static_cast<R>(tile.max[i] * kLn2 + __builtin_log(tile.sum[i]));
+          empty ? -kInf
+                : static_cast<R>(tile.max[i] * (p_.scale * sign_) + __builtin_log(tile.sum[i]));
     }
   }
 

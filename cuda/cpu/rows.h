@@ -8,7 +8,6 @@ namespace jax_flash2::cpu {
 namespace {
 
 inline constexpr double kLog2E = 1.4426950408889634074;
-inline constexpr double kLn2 = 0.69314718055994530942;
 
 template <class T>
 JF2_INLINE T min(T a, T b) {

@@ -202,7 +202,7 @@ inline constexpr DqTile kDqTiles32[] = {
     {.head_dim = 64, .block_q = 64, .block_k = 32, .warps = 4, .stages = 1, .blocks_per_sm = 2},
     {.head_dim = 96, .block_q = 64, .block_k = 32, .warps = 4, .stages = 1, .blocks_per_sm = 2},
     {.head_dim = 128, .block_q = 64, .block_k = 16, .warps = 4, .stages = 1, .blocks_per_sm = 2},
-    {.head_dim = 192, .block_q = 32, .block_k = 16, .warps = 2, .stages = 1, .blocks_per_sm = 2},
+    {.head_dim = 192, .block_q = 32, .block_k = 32, .warps = 2, .stages = 1, .blocks_per_sm = 2},
     {.head_dim = 256, .block_q = 32, .block_k = 16, .warps = 2, .stages = 1, .blocks_per_sm = 2},
 };
 
