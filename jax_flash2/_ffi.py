@@ -6,6 +6,7 @@ Every buffer is dense, and all its leading axes are batch axes, so that XLA's ow
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 import re
 
@@ -93,8 +94,11 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
 
 
 def backward_results(q, k, v, mode):
-    """What the backward writes: dq, dk, dv; delta, scaled_lse, dq_accum, semaphores."""
+    """What the backward writes: dq, dk, dv; then delta, scaled_lse, dq_accum, semaphores and
+    dkv_partial, the shares of dK and dV that are still to be summed, if there are several."""
     *batch, t, n, h = q.shape
+    s, k_heads, hv = v.shape[-3:]
+    splits = _group_splits(math.prod(batch), t, s, n, k_heads)
     t_padded = _round_up(t, TOKEN_TILE)
     accum_dim = 0 if mode == "split" else _round_up(h, HEAD_DIM_TILE)
     semaphores = t_padded // SEMAPHORE_ROWS if mode == "deterministic" else 0
@@ -105,7 +109,15 @@ def backward_results(q, k, v, mode):
         stats,
         jax.ShapeDtypeStruct((*batch, n, t_padded, accum_dim), jnp.float32),
         jax.ShapeDtypeStruct((*batch, n, semaphores), jnp.int32),
+        jax.ShapeDtypeStruct(
+            (*batch, splits if splits > 1 else 0, s, k_heads, h + hv), jnp.float32
+        ),
     )
+
+
+def _group_splits(*lengths):
+    """The kernels' rule; one where jax.export leaves a length open."""
+    return _cpu.group_splits(*lengths) if all(isinstance(x, int) for x in lengths) else 1
 
 
 def stats_dtype(dtype):

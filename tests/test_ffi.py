@@ -112,6 +112,36 @@ def raw_call(target, spec, operands, memory):
     return jax.ffi.ffi_call(target, results)(*operands, spec=dataclasses.asdict(spec))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "splits"),
+    [
+        ((2, 8192, 8192, 32, 1), 16),  # 128 key blocks
+        ((2, 8192, 8192, 32, 8), 2),  # 1024
+        ((4, 8192, 8192, 32, 8), 1),
+        ((1, 100, 100, 15, 3), 5),
+        ((1, 100, 100, 4, 4), 1),
+        ((1, 50, 100, 8, 1), 4),  # no more partial sums than N T
+        ((1, 1, 4096, 8, 1), 1),
+        ((0, 0, 0, 1, 1), 1),
+    ],
+)
+def test_parts_of_a_group(lengths, splits):
+    """Few key blocks: the query heads of a group are divided."""
+    assert _ffi._cpu.group_splits(*lengths) == splits
+    b, t, s, n, k = lengths
+    qkv = (
+        jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((b, t, n, 8), (b, s, k, 8), (b, s, k, 16))
+    )
+    partial = _ffi.backward_results(*qkv, "fused")[-1]
+    assert partial.shape == (b, splits if splits > 1 else 0, s, k, 24)
+
+
+def test_parts_of_a_group_with_an_open_batch():
+    (b,) = jax.export.symbolic_shape("b")
+    qkv = (jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in QKV)
+    assert _ffi.backward_results(*qkv, "fused")[-1].shape == (b, 0, 7, 2, 24)
+
+
 PLATFORMS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 

@@ -50,6 +50,7 @@ BACKWARD = {
     "scaled_lse": struct(B, N, TP),
     "dq_accum": struct(B, N, TP, _cpu.HEAD_DIM_TILE),
     "semaphores": struct(B, N, TP // _cpu.SEMAPHORE_ROWS, dtype="int32"),
+    "dkv_partial": struct(B, N // K, S, K, H + HV),
 }
 PASSES = {"forward": (FORWARD, 4), "backward": (BACKWARD, 8)}
 
@@ -135,6 +136,17 @@ def test_shapes_are_checked(name, changes, message):
 def test_attributes_are_checked(name, spec, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call(name, spec=spec)
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+def test_fewer_parts_of_a_group(splits):
+    gradients = call("backward", {"dkv_partial": struct(B, splits, S, K, H + HV)})[:3]
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_parts_of_a_group_are_equal():
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"dkv_partial should be .* N / K = 2 "):
+        call("backward", {"dkv_partial": struct(B, 3, S, K, H + HV)})
 
 
 def test_targets_are_the_ones_registered():

@@ -43,6 +43,25 @@ struct Shape {
   JF2_HOST_DEVICE int group() const { return query_heads / kv_heads; }
 };
 
+// Parts of a group's query heads whose shares of dK and dV the backward computes side by side and
+// sums afterwards. Few key blocks leave a GPU idle, or most of it waiting for the last; so the
+// smallest divisor of the group is taken that makes eight thread blocks for each of an H200's 132
+// multiprocessors. The partial sums stay below N T (H + Hv) floats, twice those of dQ. The one rule
+// for every platform: it fixes the shape of a workspace, which Python declares.
+constexpr int group_splits(const Shape& shape) {
+  constexpr int64_t kBlocks = 8 * 132;
+  const int64_t group = shape.query_heads / shape.kv_heads;
+  const int64_t blocks =
+      shape.batch * shape.kv_heads * ((int64_t{shape.kv_len} + kTokenTile - 1) / kTokenTile);
+  int splits = 1;
+  for (int parts = 2; parts <= group && blocks * splits < kBlocks; ++parts) {
+    if (group % parts == 0 && parts * int64_t{shape.kv_len} <= group * shape.query_len) {
+      splits = parts;
+    }
+  }
+  return splits;
+}
+
 // P = softmax(scale * Q K^T + mask), O = P V, LSE = log sum exp of the row; a row that sees nothing
 // has O = 0 and LSE = -inf.
 struct ForwardProblem {
@@ -86,6 +105,8 @@ struct BackwardProblem {
   void* scaled_lse;  // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
   void* dq_accum;    // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
   int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
+  float* dkv_partial;  // [B, group_splits, S, K, H + Hv]: shares of dK and dV; null if there is one
+  int group_splits;    // parts of a group, a divisor of N / K; 1 where a thread block does it whole
 };
 
 }  // namespace jax_flash2

@@ -249,17 +249,34 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   const int64_t H = shape.head_dim, Hv = shape.value_dim;
   const int64_t Tp = round_up(T, kTokenTile), Hp = accumulates ? round_up(H, kHeadDimTile) : 0;
   const int64_t turns = ordered ? Tp / kSemaphoreRows : 0;
-  return check_all(call.batch_axes, {{"out", b.out, data, {T, N, Hv}},
-                                     {"lse", b.lse, stats, {N, T}},
-                                     {"dout", b.dout, data, {T, N, Hv}},
-                                     {"dlse", b.dlse, stats, {N, T}},
-                                     {"dq", b.dq, data, {T, N, H}},
-                                     {"dk", b.dk, data, {S, K, H}},
-                                     {"dv", b.dv, data, {S, K, Hv}},
-                                     {"delta", b.delta, stats, {N, Tp}},
-                                     {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
-                                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
-                                     {"semaphores", b.semaphores, DataType::S32, {N, turns}}});
+  // The buffer says into how many parts: a call that was batched after group_splits() chose has more
+  // sequences than it knew of.
+  const Dims partial = dims_of(b.dkv_partial);
+  const size_t axis = call.batch_axes.size();
+  const int64_t splits = axis < partial.size() ? partial[axis] : 0;
+  if (splits > 0) {
+    if (shape.group() % splits != 0) {
+      return wrong(
+          "dkv_partial",
+          "of a divisor of N / K = " + std::to_string(shape.group()) + " parts, or of none",
+          describe(b.dkv_partial));
+    }
+    problem.dkv_partial = static_cast<float*>(b.dkv_partial.untyped_data());
+  }
+  problem.group_splits = static_cast<int>(std::max<int64_t>(splits, 1));
+  return check_all(call.batch_axes,
+                   {{"out", b.out, data, {T, N, Hv}},
+                    {"lse", b.lse, stats, {N, T}},
+                    {"dout", b.dout, data, {T, N, Hv}},
+                    {"dlse", b.dlse, stats, {N, T}},
+                    {"dq", b.dq, data, {T, N, H}},
+                    {"dk", b.dk, data, {S, K, H}},
+                    {"dv", b.dv, data, {S, K, Hv}},
+                    {"delta", b.delta, stats, {N, Tp}},
+                    {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
+                    {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
+                    {"semaphores", b.semaphores, DataType::S32, {N, turns}},
+                    {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}}});
 }
 
 }  // namespace jax_flash2::ffi

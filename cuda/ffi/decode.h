@@ -21,7 +21,8 @@ struct ForwardBuffers {
 };
 
 struct BackwardBuffers {
-  AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, delta, scaled_lse, dq_accum, semaphores;
+  AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, delta, scaled_lse, dq_accum, semaphores,
+      dkv_partial;
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
 

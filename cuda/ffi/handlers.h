@@ -68,7 +68,7 @@ class Handlers {
   static Error run_backward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
                             AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, Bounds bounds, Output dq,
                             Output dk, Output dv, Output delta, Output scaled_lse, Output dq_accum,
-                            Output semaphores, AttentionSpec spec) {
+                            Output semaphores, Output dkv_partial, AttentionSpec spec) {
     const BackwardBuffers buffers = {.q = q,
                                      .k = k,
                                      .v = v,
@@ -83,6 +83,7 @@ class Handlers {
                                      .scaled_lse = *scaled_lse,
                                      .dq_accum = *dq_accum,
                                      .semaphores = *semaphores,
+                                     .dkv_partial = *dkv_partial,
                                      .bounds = bounds};
     return run<BackwardProblem>(context, buffers, spec);
   }
@@ -116,7 +117,7 @@ class Handlers {
   }
 
   static XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = operands_and_results<7, 7>()
+    static auto* const handler = operands_and_results<7, 8>()
                                      .template Attr<AttentionSpec>("spec")
                                      .To(run_backward, Backend::kTraits)
                                      .release();

@@ -51,6 +51,20 @@ void define_module(nanobind::module_& m) {
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the FFI headers this module was built with; jaxlib's must not be older.");
+  m.def(
+      "group_splits",
+      [](int64_t batch, int query_len, int kv_len, int query_heads, int kv_heads) {
+        return group_splits({.batch = batch,
+                             .query_len = query_len,
+                             .kv_len = kv_len,
+                             .query_heads = query_heads,
+                             .kv_heads = kv_heads,
+                             .head_dim = 0,
+                             .value_dim = 0});
+      },
+      nb::arg("batch"), nb::arg("query_len"), nb::arg("kv_len"), nb::arg("query_heads"),
+      nb::arg("kv_heads"),
+      "Parts of a group's query heads that the backward works on side by side.");
   m.attr("TOKEN_TILE") = kTokenTile;
   m.attr("HEAD_DIM_TILE") = kHeadDimTile;
   m.attr("SEMAPHORE_ROWS") = kSemaphoreRows;

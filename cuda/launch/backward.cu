@@ -1,5 +1,5 @@
-// The backward on CUDA: preprocess, main kernel(s), postprocess. Chooses the main kernel: the
-// smallest head dim of this build that holds H and Hv.
+// The backward on CUDA: preprocess, main kernel(s), the sum of dK and dV, postprocess. Chooses the
+// main kernel: the smallest head dim of this build that holds H and Hv.
 #include <algorithm>
 #include <cstddef>
 #include <string>
@@ -7,6 +7,7 @@
 #include "jax_flash2_config.h"
 #include "kernels/any/postprocess.cuh"
 #include "kernels/any/preprocess.cuh"
+#include "kernels/any/sum_dkv.cuh"
 #include "launch/backward.h"
 #include "launch/launch.h"
 #include "launch/launch_util.h"
@@ -63,9 +64,22 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
     return s;
   }
   if (Status s = backward_at<0>(problem, stream, std::max(shape.head_dim, shape.value_dim));
-      !s.ok() || problem.mode == BackwardMode::kSplit) {
+      !s.ok()) {
     return s;
   }
+  if (problem.dkv_partial != nullptr) {
+    const int64_t rows = int64_t{shape.kv_len} * shape.kv_heads;
+    if (Status s = launch<sum_dkv_kernel<Element>>(
+            {.blocks = shape.batch * (round_up(rows, kSumRows) / kSumRows),
+             .threads = kSumThreads,
+             .shared_bytes = 0,
+             .stream = stream},
+            problem);
+        !s.ok()) {
+      return s;
+    }
+  }
+  if (problem.mode == BackwardMode::kSplit) return {};
   return launch<postprocess_kernel<Element>>(
       {.blocks = tiles * (kTokenTile / (kPostprocessWarps * 16)),
        .threads = kPostprocessWarps * 32,

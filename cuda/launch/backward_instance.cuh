@@ -39,7 +39,8 @@ inline sm80::BackwardPlan plan_backward(const BackwardProblem& problem, int leng
 
 template <typename Config>
 Status launch_backward_main(const BackwardProblem& problem, cudaStream_t stream) {
-  const int64_t heads = problem.shape.batch * problem.shape.kv_heads;
+  const int64_t heads =
+      problem.shape.batch * problem.shape.kv_heads * problem.group_splits;  // parts of groups
   const sm80::BackwardPlan plan =
       plan_backward(problem, problem.shape.kv_len, Config::kTile.block_k, heads);
   return launch<sm80::backward_kernel<Config>>(

@@ -1,18 +1,20 @@
 // The backward for sm_80 and newer: dK, dV and dQ from one kernel (FlashAttention-2, algorithm 2).
 //
-// One thread block owns `block_k` keys of one K/V head. It walks over the query heads of the group
-// and, in each, over the tiles of queries that see its keys, so that dK and dV stay in registers
-// from the first step to the last and the group needs no reduction. Step numbers as in
-// cuda/README.md:
+// One thread block owns `block_k` keys of one K/V head, and the query heads of its group or a part of
+// them. It walks over these heads and, in each, over the tiles of queries that see its keys, so that
+// dK and dV stay in registers from the first step to the last. Step numbers as in cuda/README.md:
 //   1  choose the keys, ask the band for the range of rows that see them; load K, V and the first
-//   step For every query head of the group and every tile of queries, last rows first: 2  wait for
-//   Q, dO, LSE and D; with two stages, start loading those of the next step 3  S = Q K^T, P =
-//   exp(scale S - LSE), hidden elements of P become 0; P to shared memory 4  dP = dO V^T, dS = P
-//   (dP - D); dS to shared memory 5  dV += P^T dO 6  dK += dS^T Q; with one stage, start loading
-//   the next step 7  dQ = dS K, added to the float32 sums in global memory. Deterministic mode: in
-//   the order of
+//      step
+//   For every query head and every tile of queries, last rows first:
+//   2  wait for Q, dO, LSE and D; with two stages, start loading those of the next step
+//   3  S = Q K^T, P = exp(scale S - LSE), hidden elements of P become 0; P to shared memory
+//   4  dP = dO V^T, dS = P (dP - D); dS to shared memory
+//   5  dV += P^T dO
+//   6  dK += dS^T Q; with one stage, start loading the next step
+//   7  dQ = dS K, added to the float32 sums in global memory. Deterministic mode: in the order of
 //      the key blocks, by a counter a tile of queries. Split mode: not at all
-//   8  scale dK and dV through shared memory to global memory
+//   8  scale dK and dV through shared memory to global memory; those of a part of a group, in
+//      float32, to the workspace where kernels/any/sum_dkv.cuh finds them
 //
 // Deterministic mode waits only for thread blocks of the same head with lower keys. Those have
 // lower block indices, so that the hardware starts them first: they never wait for one that has no
@@ -111,6 +113,30 @@ JF2_DEVICE Range seen_keys(const Band& band, int key0) {
   return {max(key0, seen.begin), min(key0 + Config::kTile.block_k, seen.end)};
 }
 
+// Step 8 for a part of a group: a warp's share of dK or dV, times `scale`, to rows and columns of
+// `target` as store_interleaved would place them in a tile, but straight from the registers. Rows of
+// the tile outside `live` become zeros, those past `end` do not exist.
+template <int kStride, int kM, int kN>
+JF2_DEVICE void store_partial(GlobalMatrix<float> target, int row, int piece,
+                              const Accumulators<kM, kN>& c, float scale, Range live, int end,
+                              int lane) {
+#pragma unroll
+  for (int r = 0; r < kM / 8; ++r) {
+    const int i = row + r * 8 + (lane >> 2);
+    if (i >= end) break;
+    const bool alive = contains(live, i);
+    float* const to = target.data + i * target.row_stride;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const int col = (piece + j / 2 * kStride) * 16 + j % 2 * 8 + (lane & 3) * 2;
+      if (col >= target.cols) break;
+      const float x = c.x[r / 2][j][r % 2 * 2], y = c.x[r / 2][j][r % 2 * 2 + 1];
+      *reinterpret_cast<float2*>(to + col) =
+          alive ? make_float2(x * scale, y * scale) : make_float2(0.f, 0.f);
+    }
+  }
+}
+
 // Step 8, after a barrier: dK and dV of the thread block out to global memory.
 template <typename Config>
 JF2_DEVICE void store_dkv(const BackwardProblem& problem, const BackwardPlan& plan,
@@ -121,12 +147,27 @@ JF2_DEVICE void store_dkv(const BackwardProblem& problem, const BackwardPlan& pl
   constexpr int kThreads = kTile.warps * 32, kCols = kTile.dkv.cols;
   const Shape& shape = problem.shape;
   // Asked for anew, so that it holds no registers during the steps.
-  const BackwardWork work(plan, shape.kv_heads, shape.batch, ptx::opaque(int(blockIdx.x)));
+  const BackwardWork work(plan, shape.kv_heads * problem.group_splits, shape.batch,
+                          ptx::opaque(int(blockIdx.x)));
   const Band band = problem.band.at(work.sequence, shape.query_len, shape.kv_len);
   const int key0 = work.block * kTile.block_k, thread = ptx::thread_index();
   const Range keys = seen_keys<Config>(band, key0);
   const Range live = {keys.begin - key0, keys.end - key0};
   const WarpParts<Config> part(thread);
+  if (problem.dkv_partial != nullptr) {
+    const int64_t cols = shape.head_dim + shape.value_dim, stride = shape.kv_heads * cols;
+    const int split = work.head % problem.group_splits, head = work.head / problem.group_splits;
+    float* const rows =
+        problem.dkv_partial +
+        ((int64_t(work.sequence) * problem.group_splits + split) * shape.kv_len + key0) * stride +
+        head * cols;
+    const int end = shape.kv_len - key0;
+    store_partial<kCols>({rows, stride, shape.head_dim}, part.dkv_row, part.dkv_piece, dk,
+                         plan.scale, live, end, part.lane);
+    store_partial<kCols>({rows + shape.head_dim, stride, shape.value_dim}, part.dkv_row,
+                         part.dkv_piece, dv, 1.f, live, end, part.lane);
+    return;
+  }
   store_interleaved<kCols>(shared.k(), part.dkv_row, part.dkv_piece, dk, plan.scale, live,
                            part.lane);
   store_interleaved<kCols>(shared.v(), part.dkv_row, part.dkv_piece, dv, 1.f, live, part.lane);
@@ -159,7 +200,8 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
 
   // 1
   const Shape& shape = problem.shape;
-  const BackwardWork work(plan, shape.kv_heads, shape.batch, blockIdx.x);
+  // Its heads are the parts of the groups: part w has the `heads` query heads from w * heads on.
+  const BackwardWork work(plan, shape.kv_heads * problem.group_splits, shape.batch, blockIdx.x);
   const Band band = problem.band.at(work.sequence, shape.query_len, shape.kv_len);
   const int key0 = work.block * kBlockK;
   // Rows that see the keys. Asked for anew where it is needed, since it would hold registers.
@@ -168,8 +210,9 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
     return band.rows_of({begin, begin + kBlockK});
   };
   const auto last_tile = [&] { return (seeing_rows().end - 1) / kBlockQ; };
-  const int first_head = work.head * shape.group();
-  const int end_head = seeing_rows().empty() ? first_head : first_head + shape.group();
+  const int heads = shape.group() / problem.group_splits;
+  const int first_head = work.head * heads, kv_head = work.head / problem.group_splits;
+  const int end_head = seeing_rows().empty() ? first_head : first_head + heads;
   // Row `row` of a head in the workspaces, [B, N, Tp].
   const auto padded_row = [&](int sequence, int head, int row) {
     const int padded_len = int(round_up(ptx::opaque(shape.query_len), kTokenTile));
@@ -205,11 +248,11 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
     const int thread = ptx::thread_index();
     load_tile<kThreads>(shared.k(),
                         head_matrix<const Element>(problem.k, work.sequence, shape.kv_len,
-                                                   shape.kv_heads, work.head, shape.head_dim),
+                                                   shape.kv_heads, kv_head, shape.head_dim),
                         key0, keys, thread);
     load_tile<kThreads>(shared.v(),
                         head_matrix<const Element>(problem.v, work.sequence, shape.kv_len,
-                                                   shape.kv_heads, work.head, shape.value_dim),
+                                                   shape.kv_heads, kv_head, shape.value_dim),
                         key0, keys, thread);
     load_step(0, first_head, last_tile());
   }
