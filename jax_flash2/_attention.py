@@ -124,8 +124,8 @@ def attention(
             dtype=query.dtype,
             implementation=implementation,
         )
-        bounds = _bounds(query, key, traced_offset, query_lengths, kv_lengths)
-        out, lse = _padded_attention(spec, query, key, value, bounds)
+        call = _partition.in_auto_axes(functools.partial(_padded_attention, spec), query)
+        out, lse = call(query, key, value, traced_offset, query_lengths, kv_lengths)
     return (out, lse) if return_residual else out
 
 
@@ -144,8 +144,9 @@ def _bounds(query, key, *columns):
 # Under jit an eager call too is one compiled program. Inlined, so that the names stay in sight of
 # jax.checkpoint.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _padded_attention(spec: AttentionSpec, query, key, value, bounds):
-    """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims."""
+def _padded_attention(spec: AttentionSpec, query, key, value, *columns):
+    """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims; columns as in _bounds."""
+    bounds = _bounds(query, key, *columns)
     padded = map(_ffi.pad_head_dim, (query, key, value))
     out, lse = _attention(spec, *_partition.vary_alike(*padded, bounds))
     return out[..., : value.shape[-1]], jnp.swapaxes(lse, -1, -2)

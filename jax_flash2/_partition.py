@@ -28,6 +28,17 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
     return _mapped_backward(spec)(q, k, v, out, lse, dout, dlse, bounds)
 
 
+def in_auto_axes(call, query):
+    """`call(query, ...) -> (out, lse [*B, T, N])`; over explicit mesh axes, as query lies."""
+    sharding = jax.typeof(query).sharding
+    if not sharding.mesh.explicit_axes:
+        return call
+    axes = (*sharding.spec, *[None] * (query.ndim - len(sharding.spec)))[:-1]
+    out = NamedSharding(sharding.mesh, PartitionSpec(*axes, None))
+    lse = NamedSharding(sharding.mesh, PartitionSpec(*axes))
+    return jax.sharding.auto_axes(call, out_sharding=(out, lse))
+
+
 def vary_alike(*operands):
     """Under shard_map(check_vma=True): all vary over what one of them varies over.
 
