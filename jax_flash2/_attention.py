@@ -9,7 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jax_flash2 import _checks, _ffi, _reference
+from jax_flash2 import _checks, _ffi, _partition, _reference
 from jax_flash2._spec import BACKWARD_MODES, FAMILIES, AttentionSpec, make_spec
 
 # What the forward saves for the backward beyond its inputs. Saving both by name, with
@@ -124,8 +124,8 @@ def attention(
             dtype=query.dtype,
             implementation=implementation,
         )
-        bounds = _bounds(query, key, traced_offset, query_lengths, kv_lengths)
-        out, lse = _padded_attention(spec, query, key, value, bounds)
+        call = _partition.in_auto_axes(functools.partial(_padded_attention, spec), query)
+        out, lse = call(query, key, value, traced_offset, query_lengths, kv_lengths)
     return (out, lse) if return_residual else out
 
 
@@ -144,26 +144,29 @@ def _bounds(query, key, *columns):
 # Under jit an eager call too is one compiled program. Inlined, so that the names stay in sight of
 # jax.checkpoint.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _padded_attention(spec: AttentionSpec, query, key, value, bounds):
-    """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims."""
-    out, lse = _attention(spec, *map(_ffi.pad_head_dim, (query, key, value)), bounds)
+def _padded_attention(spec: AttentionSpec, query, key, value, *columns):
+    """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims; columns as in _bounds."""
+    bounds = _bounds(query, key, *columns)
+    padded = map(_ffi.pad_head_dim, (query, key, value))
+    out, lse = _attention(spec, *_partition.vary_alike(*padded, bounds))
     return out[..., : value.shape[-1]], jnp.swapaxes(lse, -1, -2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(spec: AttentionSpec, query, key, value, bounds):
     """(output [*B, T, N, Hv], LSE [*B, N, T]), differentiable in both."""
-    return _ffi.forward(query, key, value, bounds, spec)
+    return _partition.forward(query, key, value, bounds, spec)
 
 
 def _attention_fwd(spec, query, key, value, bounds):
-    out, lse = map(checkpoint_name, _ffi.forward(query, key, value, bounds, spec), CHECKPOINT_NAMES)
+    results = _partition.forward(query, key, value, bounds, spec)
+    out, lse = map(checkpoint_name, results, CHECKPOINT_NAMES)
     return (out, lse), (query, key, value, out, lse, bounds)
 
 
 def _attention_bwd(spec, residuals, cotangents):
     query, key, value, out, lse, bounds = residuals
-    gradients = _ffi.backward(query, key, value, out, lse, *cotangents, bounds, spec)
+    gradients = _partition.backward(query, key, value, out, lse, *cotangents, bounds, spec)
     no_gradient = None if bounds is None else np.zeros(bounds.shape, jax.dtypes.float0)
     return (*gradients, no_gradient)
 

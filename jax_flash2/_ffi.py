@@ -1,7 +1,7 @@
 """The compiled kernels: loads the modules, registers their targets, and calls them.
 
-Every buffer is dense, and all its leading axes are batch axes, so that XLA's own batching of a call
-("broadcast_all") is the right one. Workspaces are results too: XLA plans their memory.
+Every buffer is dense, and all its leading axes are batch axes. Workspaces are results too: XLA
+plans their memory.
 """
 
 import dataclasses
@@ -134,9 +134,12 @@ def pad_head_dim(x):
 def _call(target, results, operands, bounds, spec):
     if bounds is not None:
         target, operands = f"{target}_ragged", (*operands, bounds)
-    call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    operands = _guard.bind(*operands, family=spec.family)
-    return call(*operands, spec=dataclasses.asdict(spec))
+    return jax.ffi.ffi_call(target, results)(*operands, spec=dataclasses.asdict(spec))
+
+
+def guard(operands, spec):
+    """The operands, with errors of our own where the call's lowering or derivative would fail."""
+    return _guard.bind(*operands, family=spec.family)
 
 
 def _round_up(x, multiple):

@@ -30,6 +30,7 @@ ROOMS_THAT_KNOW_XLA = ["ffi"]
 PYTHON_FLOORS = [
     ["_cpu", "_cuda"],
     ["_ffi", "_checks", "_spec", "_reference"],
+    ["_partition"],
     ["_attention"],
     ["nnx", "linen", "__init__"],
     ["__main__"],
