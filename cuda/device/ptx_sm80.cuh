@@ -69,11 +69,6 @@ JF2_DEVICE uint4 lds_128(uint32_t shared) {
                : "memory");
   return x;
 }
-JF2_DEVICE uint32_t lds_32(uint32_t shared) {
-  uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
-  return x;
-}
 JF2_DEVICE void sts_32(uint32_t shared, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
 }

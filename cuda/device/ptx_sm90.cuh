@@ -56,9 +56,6 @@ JF2_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t shared, int x0, in
       "r"(shared), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
       : "memory");
 }
-JF2_DEVICE void tma_prefetch_descriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
 JF2_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` of this thread's store groups still read shared memory.
 template <int kPending>
