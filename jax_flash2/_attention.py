@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_flash2 import _checks, _ffi, _partition, _reference
-from jax_flash2._spec import BACKWARD_MODES, FAMILIES, AttentionSpec, make_spec
+from jax_flash2._spec import BACKWARD_MODES, FAMILIES, AttentionSpec, fold_scale, make_spec
 
 # What the forward saves for the backward beyond its inputs. Saving both by name, with
 # jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES), spares the second forward.
@@ -85,48 +85,93 @@ def attention(
     masks in section 3.1.1, the backward and grouped heads in 3.1.2.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
-    _checks.arrays(query, key, value)
-    batch = query.shape[:-3]
-    scale = _checks.scale(scale, default=1 / math.sqrt(query.shape[-1]))
-    precision = _checks.precision(precision)
     return_residual = _checks.flag("return_residual", return_residual)
+    arguments = checked(
+        query,
+        key,
+        value,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        precision=precision,
+        backward=backward,
+        implementation=implementation,
+    )
+    if implementation == "xla":
+        out, lse = _reference.attention(query, key, value, **arguments)
+    else:
+        spec, factor, operands = kernel_call(query, backward, implementation, **arguments)
+        call = _partition.in_auto_axes(functools.partial(_padded_attention, spec), query)
+        out, lse = call(query if factor == 1 else query * factor, key, value, *operands)
+    return (out, lse) if return_residual else out
+
+
+def checked(
+    query,
+    key,
+    value,
+    *,
+    scale,
+    is_causal,
+    query_offset,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    local_window_size,
+    precision,
+    backward,
+    implementation,
+) -> dict:
+    """The scale, the masks and the precision of `attention`, checked, with defaults filled in."""
+    _checks.arrays(query, key, value)
     _checks.choice("backward", backward, ("auto", *BACKWARD_MODES))
     _checks.choice("implementation", implementation, (None, *FAMILIES, "xla"))
-    is_causal = _checks.flag("is_causal", is_causal)
-    window = _checks.window(local_window_size)
-    offset = _checks.query_offset(query_offset, batch)
-    query_lengths = _checks.lengths("query_seq_lengths", query_seq_lengths, batch)
-    kv_lengths = _checks.lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
-
-    if implementation == "xla":
-        out, lse = _reference.attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=offset,
-            query_seq_lengths=query_lengths,
-            key_value_seq_lengths=kv_lengths,
-            local_window_size=window,
-            precision=precision,
-        )
-    else:
+    if implementation != "xla":
         _checks.limits(query, key, value, _ffi.MAX_HEAD_DIM)
-        static_offset, traced_offset = (offset, None) if isinstance(offset, int) else (0, offset)
-        spec = make_spec(
-            scale=scale,
-            is_causal=is_causal,
-            window=window,
-            offset=static_offset,
-            precision=precision,
-            backward=backward,
-            dtype=query.dtype,
-            implementation=implementation,
-        )
-        call = _partition.in_auto_axes(functools.partial(_padded_attention, spec), query)
-        out, lse = call(query, key, value, traced_offset, query_lengths, kv_lengths)
-    return (out, lse) if return_residual else out
+    batch = query.shape[:-3]
+    return {
+        "scale": _checks.scale(scale, default=1 / math.sqrt(query.shape[-1])),
+        "is_causal": _checks.flag("is_causal", is_causal),
+        "query_offset": _checks.query_offset(query_offset, batch),
+        "query_seq_lengths": _checks.lengths("query_seq_lengths", query_seq_lengths, batch),
+        "key_value_seq_lengths": _checks.lengths(
+            "key_value_seq_lengths", key_value_seq_lengths, batch
+        ),
+        "local_window_size": _checks.window(local_window_size),
+        "precision": _checks.precision(precision),
+    }
+
+
+def kernel_call(
+    query,
+    backward,
+    implementation,
+    *,
+    scale,
+    is_causal,
+    query_offset,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    local_window_size,
+    precision,
+):
+    """(spec, factor of the query, traced operands) of a checked call."""
+    is_static = isinstance(query_offset, int)
+    factor, scale = fold_scale(scale)
+    spec = make_spec(
+        scale=scale,
+        is_causal=is_causal,
+        window=local_window_size,
+        offset=query_offset if is_static else 0,
+        precision=precision,
+        backward=backward,
+        dtype=query.dtype,
+        implementation=implementation,
+    )
+    traced_offset = None if is_static else query_offset
+    return spec, factor, (traced_offset, query_seq_lengths, key_value_seq_lengths)
 
 
 def _bounds(query, key, *columns):

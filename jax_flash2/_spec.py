@@ -1,6 +1,7 @@
 """The static half of a call: what jit retraces for, and what the kernels get as attributes."""
 
 import dataclasses
+import math
 
 import jax
 
@@ -30,7 +31,10 @@ class AttentionSpec:
 def make_spec(
     *, scale, is_causal, window, offset, precision, backward, dtype, implementation=None
 ) -> AttentionSpec:
-    """The spec of a checked call; `offset` is the static part of the query offset."""
+    """The spec of a checked call; `offset` is the static part of the query offset.
+
+    `scale` is positive: see `fold_scale`.
+    """
     lower, upper = band(is_causal, window, offset)
     return AttentionSpec(
         scale=float(scale),
@@ -40,6 +44,16 @@ def make_spec(
         backward="fused" if backward == "auto" else str(backward),
         family=FAMILIES.get(implementation, "auto"),
     )
+
+
+def fold_scale(scale) -> tuple[float, float]:
+    """(factor of the query, positive scale): the kernels take the largest score for the heaviest.
+
+    A scale below float32's normal numbers, 0 among them, goes into the query whole.
+    """
+    if abs(scale) < 2.0**-126:
+        return scale, 1.0
+    return math.copysign(1.0, scale), abs(scale)
 
 
 def band(is_causal, window, offset) -> tuple[int, int]:

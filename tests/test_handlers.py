@@ -33,6 +33,7 @@ FORWARD = {
     "bounds": struct(B, 3, dtype="int32"),
     "out": struct(B, T, N, HV),
     "lse": struct(B, N, T),
+    "next_tile": struct(B, 1, dtype="int32"),
 }
 BACKWARD = {
     "q": struct(B, T, N, H),
@@ -73,7 +74,7 @@ def on_cpu():
 
 def test_the_unchanged_calls_work():
     """With bounds of zero there is nothing to see."""
-    out, lse = call("forward")
+    out, lse, _ = call("forward")
     assert (out == 0).all()
     assert (lse == -jnp.inf).all()
     assert all((gradient == 0).all() for gradient in call("backward")[:3])
@@ -119,7 +120,8 @@ def test_shapes_are_checked(name, changes, message):
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
-        ("forward", {"scale": float("nan")}, "scale should be finite, got nan"),
+        ("forward", {"scale": float("nan")}, "scale should be positive and finite, got nan"),
+        ("backward", {"scale": -0.5}, "scale should be positive and finite, got -0.5"),
         (
             "forward",
             {"precision": "best"},

@@ -69,14 +69,14 @@ struct ForwardProblem {
   DType dtype;          // of q, k, v, out
   Precision precision;  // float32 only
   Family family;
-  double scale;
+  double scale;  // positive: Python folds its sign into q
   BandSpec band;
   const void* q;       // [B, T, N, H]
   const void* k;       // [B, S, K, H]
   const void* v;       // [B, S, K, Hv]
   void* out;           // [B, T, N, Hv]
   void* lse;           // [B, N, T], float32 (float64 where dtype is), natural log
-  int32_t* next_tile;  // workspace, one number: the queue of tiles of persistent kernels
+  int32_t* next_tile;  // [B], a workspace: the queue of tiles of persistent kernels
 };
 
 // D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),
@@ -88,7 +88,7 @@ struct BackwardProblem {
   Precision precision;
   BackwardMode mode;
   Family family;
-  double scale;
+  double scale;  // positive
   BandSpec band;
   const void* q;     // [B, T, N, H]
   const void* k;     // [B, S, K, H]

@@ -56,9 +56,7 @@ class Forward {
       : p_(problem),
         s_(scratch),
         view_(problem.shape, problem.dtype, problem.band, head),
-        // The sign of the scale goes into Q, and so does a scale of 0: m is then of S, with c > 0.
-        sign_(static_cast<R>((problem.scale > 0) - (problem.scale < 0))),
-        log2_scale_(sign_ == 0 ? R(1) : static_cast<R>(problem.scale * kLog2E) * sign_) {}
+        log2_scale_(static_cast<R>(problem.scale * kLog2E)) {}
 
   void run(Rows rows) {
     int tiles = 0;
@@ -89,13 +87,10 @@ class Forward {
       tile.lo[i] = keys.begin;
       tile.hi[i] = keys.end;
       Unit* at = s_.rows + i * kHeadPitch<Unit>;
-      if (keys.empty() || sign_ == 0) {
+      if (keys.empty()) {
         fill(at, kHeadPitch<Unit>, Unit(0));
       } else {
         read_units(p_.dtype, element(p_.q, p_.dtype, view_.row_index(row, width)), width, at);
-        if (sign_ < 0) {
-          for (int h = 0; h < width / kDepth<Unit>; ++h) at[h] = negated(at[h]);
-        }
       }
     }
     transpose_to_panels(s_.rows, tile.columns, width / kDepth<Unit>, tile.q);
@@ -124,14 +119,6 @@ class Forward {
       fill(at, kHeadPitch<Unit>, Unit(0));
     }
   }
-  static Unit negated(Unit x) {
-    if constexpr (kIsPair<Unit>) {
-      return x ^ 0x80008000u;
-    } else {
-      return -x;
-    }
-  }
-
   // Step 3 for one tile of rows and one tile of keys.
   void visit(Range loaded, Tile& tile) {
     const Range seen = view_.band().keys_of(tile.tokens);
@@ -196,15 +183,14 @@ class Forward {
                 empty ? R(0) : 1 / tile.sum[i], width,
                 element(p_.out, p_.dtype, view_.row_index(row, width)));
       lse[view_.statistic_index(row, p_.shape.query_len)] =
-          empty ? -kInf
-                : static_cast<R>(tile.max[i] * (p_.scale * sign_) + __builtin_log(tile.sum[i]));
+          empty ? -kInf : static_cast<R>(tile.max[i] * p_.scale + __builtin_log(tile.sum[i]));
     }
   }
 
   const ForwardProblem& p_;
   Scratch& s_;
   HeadView view_;
-  R sign_, log2_scale_;
+  R log2_scale_;
 };
 
 template <class Unit>

@@ -119,6 +119,12 @@ struct Accumulators {
   }
 };
 
+// Element e of column pair j in row r of a lane's accumulators; its rows are 8 apart.
+template <int kM, int kN>
+JF2_DEVICE float& at(Accumulators<kM, kN>& c, int r, int j, int e) {
+  return c.x[r / 2][j][r % 2 * 2 + e];
+}
+
 // An A operand held in registers, for one that several products share.
 template <typename Math_, int kM, int kK>
 class RegisterOperandA {

@@ -87,12 +87,6 @@ class OnlineSoftmax {
     return (m_[r] + __log2f(l_[r])) * kLn2;
   }
 
-  // Element e of column pair j of row r in accumulators.
-  template <int kN>
-  static JF2_DEVICE float& at(Accumulators<kM, kN>& c, int r, int j, int e) {
-    return c.x[r / 2][j][r % 2 * 2 + e];
-  }
-
  private:
   // m of a row that has seen nothing. Finite, so that -inf - m is -inf and not NaN.
   static constexpr float kLowest = -3.402823466e38f;

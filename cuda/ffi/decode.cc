@@ -172,23 +172,46 @@ Status decode_family(std::string_view text, Family& family) {
   return wrong("family", "auto or sm80", std::string(text));
 }
 
-// Scale, band and bounds, which forward and backward share.
+// What the attributes say to forward and backward alike.
 template <class Problem>
-Status decode_mask(const Call& call, const std::optional<AnyBuffer>& bounds,
-                   const AttentionSpec& spec, Problem& problem) {
-  if (!std::isfinite(spec.scale)) return wrong("scale", "finite", std::to_string(spec.scale));
+Status decode_shared(const AttentionSpec& spec, Problem& problem) {
+  if (!(spec.scale > 0) || std::isinf(spec.scale)) {
+    return wrong("scale", "positive and finite", std::to_string(spec.scale));
+  }
   problem.scale = spec.scale;
   const auto edge = [](int64_t x) {
     return static_cast<int>(std::clamp<int64_t>(x, -kUnbounded, kUnbounded));
   };
   problem.band = {
       .lower = edge(spec.band_lower), .upper = edge(spec.band_upper), .bounds = nullptr};
+  if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
+  return decode_family(spec.family, problem.family);
+}
+
+Status decode_bounds(const Call& call, const std::optional<AnyBuffer>& bounds, BandSpec& band) {
   if (!bounds) return {};
-  problem.band.bounds = static_cast<const Bounds*>(bounds->untyped_data());
+  band.bounds = static_cast<const Bounds*>(bounds->untyped_data());
   return check_all(call.batch_axes, {{"bounds", *bounds, DataType::S32, {3}}});
 }
 
 }  // namespace
+
+Status decode(std::string_view name, DType& dtype) {
+  if (name == "float16") return dtype = DType::kFloat16, Status();
+  if (name == "bfloat16") return dtype = DType::kBFloat16, Status();
+  if (name == "float32") return dtype = DType::kFloat32, Status();
+  if (name == "float64") return dtype = DType::kFloat64, Status();
+  return wrong("dtype", "float16, bfloat16, float32 or float64", std::string(name));
+}
+
+Status decode(const AttentionSpec& spec, ForwardProblem& problem) {
+  return decode_shared(spec, problem);
+}
+
+Status decode(const AttentionSpec& spec, BackwardProblem& problem) {
+  if (Status s = decode_mode(spec.backward, problem.mode); !s.ok()) return s;
+  return decode_shared(spec, problem);
+}
 
 Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem& problem) {
   Call call;
@@ -203,16 +226,12 @@ Status decode(const ForwardBuffers& b, const AttentionSpec& spec, ForwardProblem
   problem.v = b.v.untyped_data();
   problem.out = b.out.untyped_data();
   problem.lse = b.lse.untyped_data();
-  if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
-  if (Status s = decode_family(spec.family, problem.family); !s.ok()) return s;
-  if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
-  if (b.next_tile) {
-    problem.next_tile = static_cast<int32_t*>(b.next_tile->untyped_data());
-    Status s = check_all(call.batch_axes, {{"next_tile", *b.next_tile, DataType::S32, {1}}});
-    if (!s.ok()) return s;
-  }
+  problem.next_tile = static_cast<int32_t*>(b.next_tile.untyped_data());
+  if (Status s = decode(spec, problem); !s.ok()) return s;
+  if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
   return check_all(call.batch_axes, {{"out", b.out, call.data_type, {T, N, shape.value_dim}},
-                                     {"lse", b.lse, call.stats_type, {N, T}}});
+                                     {"lse", b.lse, call.stats_type, {N, T}},
+                                     {"next_tile", b.next_tile, DataType::S32, {1}}});
 }
 
 Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProblem& problem) {
@@ -234,10 +253,8 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   problem.dv = b.dv.untyped_data();
   problem.delta = b.delta.untyped_data();
   problem.scaled_lse = b.scaled_lse.untyped_data();
-  if (Status s = decode_precision(spec.precision, problem.precision); !s.ok()) return s;
-  if (Status s = decode_family(spec.family, problem.family); !s.ok()) return s;
-  if (Status s = decode_mode(spec.backward, problem.mode); !s.ok()) return s;
-  if (Status s = decode_mask(call, b.bounds, spec, problem); !s.ok()) return s;
+  if (Status s = decode(spec, problem); !s.ok()) return s;
+  if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
 
   const bool accumulates = problem.mode != BackwardMode::kSplit;
   const bool ordered = problem.mode == BackwardMode::kDeterministic;

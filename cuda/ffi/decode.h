@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <string_view>
 
 #include "core/problem.h"
 #include "core/spec.h"
@@ -15,9 +16,8 @@ using xla::ffi::AnyBuffer;
 
 // Shapes as in core/problem.h, with any number of leading batch axes in the place of B.
 struct ForwardBuffers {
-  AnyBuffer q, k, v, out, lse;
+  AnyBuffer q, k, v, out, lse, next_tile;
   std::optional<AnyBuffer> bounds = std::nullopt;
-  std::optional<AnyBuffer> next_tile = std::nullopt;  // the CPU needs none
 };
 
 struct BackwardBuffers {
@@ -25,6 +25,11 @@ struct BackwardBuffers {
       dkv_partial;
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
+
+// A dtype by its name, and the attributes alone: for who has no buffers.
+Status decode(std::string_view name, DType& dtype);
+Status decode(const AttentionSpec& spec, ForwardProblem& problem);
+Status decode(const AttentionSpec& spec, BackwardProblem& problem);
 
 Status decode(const ForwardBuffers& buffers, const AttentionSpec& spec, ForwardProblem& problem);
 Status decode(const BackwardBuffers& buffers, const AttentionSpec& spec, BackwardProblem& problem);

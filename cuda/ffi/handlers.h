@@ -58,10 +58,14 @@ class Handlers {
   }
 
   static Error run_forward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, Bounds bounds,
-                           Output out, Output lse, std::optional<Output> next_tile,
-                           AttentionSpec spec) {
-    ForwardBuffers buffers = {.q = q, .k = k, .v = v, .out = *out, .lse = *lse, .bounds = bounds};
-    if (next_tile) buffers.next_tile = **next_tile;
+                           Output out, Output lse, Output next_tile, AttentionSpec spec) {
+    const ForwardBuffers buffers = {.q = q,
+                                    .k = k,
+                                    .v = v,
+                                    .out = *out,
+                                    .lse = *lse,
+                                    .next_tile = *next_tile,
+                                    .bounds = bounds};
     return run<ForwardProblem>(context, buffers, spec);
   }
 
@@ -108,8 +112,7 @@ class Handlers {
   }
 
   static XLA_FFI_Error* forward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = operands_and_results<3, 2>()
-                                     .template OptionalRet<AnyBuffer>()
+    static auto* const handler = operands_and_results<3, 3>()
                                      .template Attr<AttentionSpec>("spec")
                                      .To(run_forward, Backend::kTraits)
                                      .release();

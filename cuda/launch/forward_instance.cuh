@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numbers>
 
 #include "kernels/sm80/forward.cuh"
@@ -29,9 +28,7 @@ inline sm80::ForwardPlan plan_forward(const ForwardProblem& problem, const sm80:
     const double heads = double(shape.batch) * shape.query_heads;
     plan.section = static_cast<int>(std::clamp(kL2Bytes / head_bytes, 1.0, heads));
   }
-  const float scale_log2 = static_cast<float>(std::abs(problem.scale) * std::numbers::log2e);
-  plan.sign = scale_log2 == 0.f ? 0.f : (problem.scale < 0 ? -1.f : 1.f);
-  plan.scale_log2 = scale_log2 == 0.f ? std::numbers::log2e_v<float> : scale_log2;
+  plan.scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e);
   return plan;
 }
 

@@ -291,7 +291,7 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
       }
       probabilities(p, of_row, plan.scale_log2);
       if (masked)
-        hide(p, band, tile_rows.begin + part.scores_row, key0 + part.scores_col, part.lane);
+        hide(p, band, tile_rows.begin + part.scores_row, key0 + part.scores_col, 0.f, part.lane);
       store_accumulators(shared.p(), part.scores_row, part.scores_col, p, 1.f, part.lane);
 
       // 4

@@ -3,6 +3,7 @@
 
 #include "core/problem.h"
 #include "device/copy.cuh"
+#include "device/hide.cuh"
 #include "kernels/sm80/tiles_backward.h"
 
 namespace jax_flash2::sm80 {
@@ -54,12 +55,6 @@ struct Interleaved {
   }
 };
 
-// Value e of column pair j in row r of a lane's accumulators; rows are 8 apart.
-template <int kM, int kN>
-JF2_DEVICE float& at(Accumulators<kM, kN>& c, int r, int j, int e) {
-  return c.x[r / 2][j][r % 2 * 2 + e];
-}
-
 // S becomes P = exp(scale S - LSE). LSE (in base 2) is that of the lane's rows, +inf where P is 0.
 template <int kM, int kN>
 JF2_DEVICE void probabilities(Accumulators<kM, kN>& s, const float (&lse)[kM / 8],
@@ -71,25 +66,6 @@ JF2_DEVICE void probabilities(Accumulators<kM, kN>& s, const float (&lse)[kM / 8
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         at(s, r, j, e) = ptx::ex2(fmaf(at(s, r, j, e), scale_log2, -lse[r]));
-}
-
-// Hidden elements of P become 0. The accumulators begin at query row `row` and key `key`.
-template <int kM, int kN>
-JF2_DEVICE void hide(Accumulators<kM, kN>& p, const Band& band, int row, int key, int lane) {
-  const int lane_row = ptx::opaque(row + (lane >> 2)), first = key + (lane & 3) * 2;
-#pragma unroll
-  for (int r = 0; r < kM / 8; ++r) {
-    const int i = lane_row + r * 8;
-    const Range seen = {band.lo(i) - first, band.hi(i) - first};
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = j * 8 + e;
-        if (column < seen.begin || column >= seen.end) at(p, r, j, e) = 0.f;
-      }
-    }
-  }
 }
 
 // dP becomes dS = P (dP - D).

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(Config::kTile.warps * 32, Config::kTile.blocks
     p.zero();
     gemm<kHeadDim>(p, q, OperandB<Math, KvTile, Major::kKMajor>(shared.k(stage), 0, 0, lane));
     probabilities(p, lse, plan.scale_log2);
-    if (masked) hide(p, band, row0 + warp_row, tile_keys.begin, lane);
+    if (masked) hide(p, band, row0 + warp_row, tile_keys.begin, 0.f, lane);
 
     // 4
     ds.zero();

@@ -18,6 +18,7 @@
 
 #include "core/problem.h"
 #include "device/copy.cuh"
+#include "device/hide.cuh"
 #include "device/softmax.cuh"
 #include "kernels/sm80/tiles_forward.h"
 
@@ -28,8 +29,7 @@ struct ForwardPlan {
   int query_blocks;  // a head's
   // Heads (over all sequences) that run side by side, the longest rows of each first.
   int section;
-  float scale_log2;  // |scale| * log2(e); log2(e) where scale is 0
-  float sign;        // of scale: -1, 0 or 1
+  float scale_log2;  // scale * log2(e)
 };
 
 // What a kernel is compiled for. A type, since nvcc 13.0 cannot launch a kernel template that takes
@@ -78,30 +78,6 @@ struct ForwardWork {
     head = int(flat_head % shape.query_heads);
   }
 };
-
-// S at the warp's rows and the tile's keys: hidden elements become -inf, the others take scale's
-// sign.
-template <int kM, int kN>
-JF2_DEVICE void apply_band(Accumulators<kM, kN>& s, const Band& band, int row, int key, float sign,
-                           int lane) {
-  // The ranges of the rows do not change from tile to tile, and must not occupy registers in
-  // between.
-  const int lane_row = ptx::opaque(row + (lane >> 2)), first = key + (lane & 3) * 2;
-#pragma unroll
-  for (int r = 0; r < kM / 8; ++r) {
-    const int i = lane_row + r * 8;
-    const Range seen = {band.lo(i) - first, band.hi(i) - first};
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = OnlineSoftmax<kM>::at(s, r, j, e);
-        const int column = j * 8 + e;
-        x = column >= seen.begin && column < seen.end ? x * sign : -INFINITY;
-      }
-    }
-  }
-}
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kTile.warps * 32, Config::kTile.blocks_per_sm)
@@ -196,8 +172,8 @@ __global__ void __launch_bounds__(Config::kTile.warps * 32, Config::kTile.blocks
     // 5: one loop for covered and partly hidden tiles, since a uniform branch costs nothing beside
     // them.
     const Range tile_keys = {tile * kBlockK, (tile + 1) * kBlockK};
-    if (plan.sign != 1.f || !band.covers(rows, tile_keys)) {
-      apply_band(s, band, row0 + warp_row, tile_keys.begin, plan.sign, lane);
+    if (!band.covers(rows, tile_keys)) {
+      hide(s, band, row0 + warp_row, tile_keys.begin, -INFINITY, lane);
     }
 
     if constexpr (kTile.stages == 1) {
@@ -230,7 +206,7 @@ __global__ void __launch_bounds__(Config::kTile.warps * 32, Config::kTile.blocks
     for (int j = 0; j < kTile.head_dim / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float& x = OnlineSoftmax<kM>::at(o, r, j, e);
+        float& x = at(o, r, j, e);
         x = sees ? x * inverse : 0.f;
       }
     }

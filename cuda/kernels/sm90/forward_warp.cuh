@@ -2,7 +2,7 @@
 // forward.cuh.
 #pragma once
 
-#include "device/math.cuh"
+#include "device/hide.cuh"
 #include "kernels/sm90/forward_plan.cuh"
 
 namespace jax_flash2::sm90 {
@@ -62,19 +62,11 @@ struct Consumer {
 
   // Hides what the band hides of the block of keys at `key`.
   JF2_DEVICE void mask(const ForwardTile& tile, int key) {
-    const int column = key + (lane & 3) * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(tile.row + row_in_tile() + half * 8, tile.band.query_length - 1);
-      const int lo = tile.band.lo(row) - column, hi = tile.band.hi(row) - column;
-#pragma unroll
-      for (int j = 0; j < kS / 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = j * 8 + e;
-          float& x = s[j * 4 + half * 2 + e];
-          if (c < lo || c >= hi) x = -INFINITY;
-        }
+      hide_in_row<kTiles.block_k>(seen_by(tile.band, row, key, lane), -INFINITY,
+                                  [&](int j, int e) -> float& { return s[j * 4 + half * 2 + e]; });
     }
   }
   JF2_DEVICE float row_max(int half) const {
