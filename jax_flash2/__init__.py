@@ -1,7 +1,8 @@
 """FlashAttention-2 for JAX: exact attention in memory linear in the sequence length."""
 
 from jax_flash2._attention import CHECKPOINT_NAMES, attention
+from jax_flash2._which import which_kernels
 
 __version__ = "0.1.0"
 
-__all__ = ["CHECKPOINT_NAMES", "attention"]
+__all__ = ["CHECKPOINT_NAMES", "attention", "which_kernels"]

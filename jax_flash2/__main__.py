@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jax_flash2 import __version__, _ffi, attention
+from jax_flash2 import __version__, _ffi, attention, which_kernels
 from jax_flash2._spec import BACKWARD_MODES
 
 # The largest error that a right kernel makes, relative to the largest value. On a GPU, products of
@@ -47,7 +47,7 @@ def print_versions():
 
 def print_kernels():
     modules = _ffi.built_modules()
-    print("\nCPU kernels: yes")
+    print(f"\nCPU kernels: yes; this machine runs those for {_ffi.instruction_set()}")
     if "CUDA" not in modules:
         print(f"CUDA kernels: none in this build: {modules['cpu'].cuda_skipped()}")
         return
@@ -61,10 +61,20 @@ def print_kernels():
         capability = ".".join(map(str, gpu["compute_capability"]))
         kernels = gpu["kernels"] or "no kernel of this build"
         print(f"  {gpu['name']} (compute capability {capability}) runs {kernels}")
+        if gpu["kernels"]:
+            print_selection(capability)
     if not gpus:
         print(f"  no GPU here: {modules['CUDA'].driver_error()}")
     elif all(device.platform == "cpu" for device in jax.devices()):
         print("  JAX does not see the GPU: is JAX installed with CUDA, as jax[cuda13]?")
+
+
+def print_selection(capability):
+    for dtype in ALLOWED["gpu"]:
+        x = jax.ShapeDtypeStruct((1, 1, 1, 64), dtype)
+        forward, backward, _ = which_kernels(x, x, x, device=capability)
+        print(f"    {dtype}: forward {forward.family} ({forward.reason}),")
+        print(f"    {'':{len(dtype)}}  backward {backward.family} ({backward.reason})")
 
 
 def devices_to_check():

@@ -146,30 +146,64 @@ def _round_up(x, multiple):
     return (x + multiple - 1) // multiple * multiple
 
 
-def _check_platform(ctx, *operands, family):
+def _lower_guard(ctx, *operands, family):
+    for platform in ctx.module_context.platforms:
+        # Lowering for a machine elsewhere (jax.export) is no error.
+        elsewhere = platform == "cuda" and not _has_cuda_device()
+        check_platform(platform, ctx.avals_in[0].dtype, family, elsewhere)
+    return operands
+
+
+def check_platform(platform, dtype, family, elsewhere=False):
     """Raises where XLA would find no kernel, or one that refuses: an earlier and clearer text."""
     way_out = 'Run it on the CPU (jax.default_device), or use implementation="xla".'
-    for platform in ctx.module_context.platforms:
-        if platform not in ("cpu", "cuda"):
-            raise NotImplementedError(
-                f"jax_flash2.attention: there is no kernel for platform {platform!r}. {way_out}"
-            )
-        if platform != "cuda" and family != "auto":
-            raise NotImplementedError(
-                f'jax_flash2.attention: implementation="cuda_{family}" needs a CUDA device, and '
-                f"this call is for platform {platform!r}. Leave implementation out."
-            )
-        if platform == "cuda" and ctx.avals_in[0].dtype == jnp.float64:
-            raise NotImplementedError(
-                f"jax_flash2.attention: there is no float64 kernel for CUDA. {way_out}"
-            )
-        # Lowering for a machine elsewhere (jax.export) is no error.
-        if platform == "cuda" and _cuda is None and _has_cuda_device():
-            raise NotImplementedError(
-                f"jax_flash2.attention: this build has no CUDA kernels ({_cpu.cuda_skipped()}). "
-                f"Build it again with nvcc on the PATH. {way_out}"
-            )
-    return operands
+    if platform not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"jax_flash2.attention: there is no kernel for platform {platform!r}. {way_out}"
+        )
+    if platform != "cuda" and family != "auto":
+        raise NotImplementedError(
+            f'jax_flash2.attention: implementation="cuda_{family}" needs a CUDA device, and '
+            f"this call is for platform {platform!r}. Leave implementation out."
+        )
+    if platform == "cuda" and dtype == jnp.float64:
+        raise NotImplementedError(
+            f"jax_flash2.attention: there is no float64 kernel for CUDA. {way_out}"
+        )
+    if platform == "cuda" and _cuda is None and not elsewhere:
+        raise NotImplementedError(
+            f"jax_flash2.attention: this build has no CUDA kernels ({_cpu.cuda_skipped()}). "
+            f"Build it again with nvcc on the PATH. {way_out}"
+        )
+
+
+def instruction_set() -> str:
+    """That of the CPU kernels: of what this machine has, the best that they were compiled for."""
+    return _cpu.instruction_set()
+
+
+def select(q, k, v, spec, capability):
+    """{pass: {"family", "head_dim", "reason"}} of a call on a GPU of that compute capability."""
+    major, minor = capability
+    if not _cuda.select_code(major, minor):
+        archs = ", ".join(map(str, _cuda.build_info()["archs"]))
+        raise NotImplementedError(
+            f"jax_flash2.attention: this build has CUDA kernels for {archs}, none of which a GPU "
+            f"of compute capability {major}.{minor} runs. Build it again with "
+            f"JAX_FLASH2_CUDA_ARCHS={major}{minor}, for compute capability 8.0 and up."
+        )
+    return _cuda.select(
+        batch=math.prod(q.shape[:-3]),
+        query_len=q.shape[-3],
+        kv_len=k.shape[-3],
+        query_heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        dtype=q.dtype.name,
+        spec=dataclasses.asdict(spec),
+        major=major,
+    )
 
 
 def _has_cuda_device():
@@ -192,7 +226,7 @@ _guard = Primitive("jax_flash2_guard")
 _guard.multiple_results = True
 _guard.def_impl(lambda *operands, family: operands)
 _guard.def_abstract_eval(lambda *operands, family: operands)
-mlir.register_lowering(_guard, _check_platform)
+mlir.register_lowering(_guard, _lower_guard)
 batching.primitive_batchers[_guard] = lambda operands, axes, *, family: (
     _guard.bind(*operands, family=family),
     axes,

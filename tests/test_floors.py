@@ -32,6 +32,7 @@ PYTHON_FLOORS = [
     ["_ffi", "_checks", "_spec", "_reference"],
     ["_partition"],
     ["_attention"],
+    ["_which"],
     ["nnx", "linen", "__init__"],
     ["__main__"],
 ]

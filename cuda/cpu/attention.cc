@@ -33,6 +33,7 @@ void yield() { std::this_thread::yield(); }
 namespace {
 
 struct Kernels {
+  const char* instruction_set;
   const ForwardKernels& forward;
   const BackwardKernels& backward;
 };
@@ -47,14 +48,16 @@ Kernels choose_kernels() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && __builtin_cpu_supports("avx512bf16") && limit.empty()) {
-    return {avx512bf16::forward_kernels, avx512bf16::backward_kernels};
+    return {"avx512bf16", avx512bf16::forward_kernels, avx512bf16::backward_kernels};
   }
   if (has_avx512 && limit != "avx2" && limit != "baseline") {
-    return {avx512::forward_kernels, avx512::backward_kernels};
+    return {"avx512", avx512::forward_kernels, avx512::backward_kernels};
   }
-  if (has_avx2 && limit != "baseline") return {avx2::forward_kernels, avx2::backward_kernels};
+  if (has_avx2 && limit != "baseline") {
+    return {"avx2", avx2::forward_kernels, avx2::backward_kernels};
+  }
 #endif
-  return {baseline::forward_kernels, baseline::backward_kernels};
+  return {"baseline", baseline::forward_kernels, baseline::backward_kernels};
 }
 
 template <class Kernel>
@@ -113,6 +116,8 @@ struct Heads {
 };
 
 }  // namespace
+
+const char* instruction_set() { return kernels().instruction_set; }
 
 Status forward(const ForwardProblem& problem, Executor& executor) {
   const ForwardKernel& kernel = for_dtype(kernels().forward, problem.dtype);

@@ -19,6 +19,9 @@ class Executor {
   virtual void run(int workers, const std::function<void(int worker)>& body) = 0;
 };
 
+// That of the kernels that this machine runs: "avx512bf16", "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
 Status forward(const ForwardProblem& problem, Executor& executor);
 Status backward(const BackwardProblem& problem, Executor& executor);
 

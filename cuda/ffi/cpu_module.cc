@@ -27,6 +27,8 @@ struct CpuBackend {
 
 NB_MODULE(_cpu, m) {
   jax_flash2::ffi::define_module<jax_flash2::ffi::CpuBackend>(m);
+  m.def("instruction_set", jax_flash2::cpu::instruction_set,
+        "That of the kernels that this machine runs: avx512bf16, avx512, avx2 or baseline.");
   m.def(
       "cuda_skipped", [] { return jax_flash2::kCudaSkipped; },
       "Why this build has no CUDA kernels; empty if it has.");

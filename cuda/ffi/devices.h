@@ -20,8 +20,4 @@ struct DeviceReport {
 // Never fails: without a driver the report is empty and says why.
 DeviceReport report_devices();
 
-// The code that a GPU of this compute capability takes out of `archs`, a list such as
-// "80-real;90-real;80-virtual": machine code of its own major version, else PTX, else "".
-std::string select_code(const std::string& archs, int major, int minor);
-
 }  // namespace jax_flash2::ffi

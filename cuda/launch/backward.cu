@@ -1,33 +1,16 @@
-// The backward on CUDA: preprocess, main kernel(s), the sum of dK and dV, postprocess. Chooses the
-// main kernel: the smallest head dim of this build that holds H and Hv.
-#include <algorithm>
+// The backward on CUDA: preprocess, the selected main kernel(s), the sum of dK and dV, postprocess.
 #include <cstddef>
-#include <string>
 
-#include "jax_flash2_config.h"
 #include "kernels/any/postprocess.cuh"
 #include "kernels/any/preprocess.cuh"
 #include "kernels/any/sum_dkv.cuh"
 #include "launch/backward.h"
 #include "launch/launch.h"
 #include "launch/launch_util.h"
+#include "launch/select.h"
 
 namespace jax_flash2::gpu {
 namespace {
-
-constexpr int kHeadDimCount = static_cast<int>(std::size(kHeadDims));
-
-template <int kIndex>
-Status backward_at(const BackwardProblem& problem, cudaStream_t stream, int head_dim) {
-  if constexpr (kIndex == kHeadDimCount) {
-    return Status::unimplemented("jax_flash2: head dim " + std::to_string(head_dim) +
-                                 " is beyond this build's largest, " +
-                                 std::to_string(kHeadDims[kHeadDimCount - 1]));
-  } else {
-    if (head_dim <= kHeadDims[kIndex]) return launch_backward<kHeadDims[kIndex]>(problem, stream);
-    return backward_at<kIndex + 1>(problem, stream, head_dim);
-  }
-}
 
 Status zero(void* data, int64_t rows, int heads, int dim, size_t element, cudaStream_t stream) {
   const size_t bytes = static_cast<size_t>(rows) * heads * dim * element;
@@ -55,6 +38,10 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
   if (shape.query_len == 0 || shape.kv_len == 0 || problem.band.lower > problem.band.upper) {
     return zero_gradients(problem, sizeof(Element), stream);
   }
+  int major = 0;
+  Selection selection;
+  if (Status s = compute_capability_major(major); !s.ok()) return s;
+  if (Status s = select(problem, major, selection); !s.ok()) return s;
   const int64_t tiles =
       shape.batch * shape.query_heads * (round_up(shape.query_len, kTokenTile) / kTokenTile);
   if (Status s = launch<preprocess_kernel<Element>>(
@@ -63,10 +50,10 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
       !s.ok()) {
     return s;
   }
-  if (Status s = backward_at<0>(problem, stream, std::max(shape.head_dim, shape.value_dim));
-      !s.ok()) {
-    return s;
-  }
+  Status main = at_head_dim(selection.head_dim, [&](auto head_dim) {
+    return launch_backward<head_dim>(problem, stream);
+  });
+  if (!main.ok()) return main;
   if (problem.dkv_partial != nullptr) {
     const int64_t rows = int64_t{shape.kv_len} * shape.kv_heads;
     if (Status s = launch<sum_dkv_kernel<Element>>(

@@ -1,0 +1,68 @@
+#include "launch/select.h"
+
+#include <algorithm>
+#include <sstream>
+
+namespace jax_flash2::gpu {
+namespace {
+
+Status select_head_dim(const Shape& shape, Selection& selection) {
+  const int needed = std::max(shape.head_dim, shape.value_dim);
+  for (int head_dim : kHeadDims) {
+    if (needed > head_dim) continue;
+    selection.head_dim = head_dim;
+    return {};
+  }
+  return Status::unimplemented("jax_flash2: head dim " + std::to_string(needed) +
+                               " is beyond this build's largest, " +
+                               std::to_string(*std::rbegin(kHeadDims)));
+}
+
+// Why the kernels made for Hopper cannot take a call, whichever pass; null if they can.
+template <typename Problem>
+const char* why_not_sm90(const Problem& problem, int major) {
+  if (problem.family == Family::kSm80) return "these were asked for";
+  if (major != 9) return "the GPU is not a Hopper";
+  if (!kHasSm90) return "this build has no code for sm_90a";
+  if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16)
+    return "those made for Hopper take float16 and bfloat16";
+  if (problem.shape.kv_len == 0) return "there are no keys";  // a tensor map has no empty side
+  return nullptr;
+}
+
+}  // namespace
+
+Status select(const ForwardProblem& problem, int major, Selection& selection) {
+  const char* const obstacle = why_not_sm90(problem, major);
+  selection.sm90 = obstacle == nullptr;
+  selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
+  return select_head_dim(problem.shape, selection);
+}
+
+Status select(const BackwardProblem& problem, int major, Selection& selection) {
+  const char* const obstacle = why_not_sm90(problem, major);
+  selection.sm90 = false;
+  selection.reason = obstacle != nullptr ? obstacle : "there is no backward made for Hopper";
+  return select_head_dim(problem.shape, selection);
+}
+
+std::string select_code(const std::string& archs, int major, int minor) {
+  const int capability = 10 * major + minor;
+  int machine_code = 0, ptx = 0;
+  std::istringstream list(archs);
+  for (std::string arch; std::getline(list, arch, ';');) {
+    const int version = std::stoi(arch);
+    if (version > capability) continue;
+    // "80" alone stands for both, as in CMake.
+    if (arch.find("virtual") == std::string::npos && version / 10 == major) {
+      machine_code = std::max(machine_code, version);
+    }
+    if (arch.find("real") == std::string::npos) ptx = std::max(ptx, version);
+  }
+  if (machine_code > 0) return "sm_" + std::to_string(machine_code);
+  if (ptx > 0)
+    return "compute_" + std::to_string(ptx) + " PTX, compiled by the driver at first use";
+  return "";
+}
+
+}  // namespace jax_flash2::gpu
