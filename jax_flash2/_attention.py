@@ -1,20 +1,14 @@
-"""`attention`: defaults, checks, the spec, and the kernels as a function with a gradient."""
+"""`attention`: defaults, checks, the spec, and the call in any head dim and placement."""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jax_flash2 import _checks, _ffi, _partition, _reference
+from jax_flash2 import _checks, _derivative, _ffi, _partition, _reference
 from jax_flash2._spec import BACKWARD_MODES, FAMILIES, AttentionSpec, fold_scale, make_spec
-
-# What the forward saves for the backward beyond its inputs. Saving both by name, with
-# jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES), spares the second forward.
-CHECKPOINT_NAMES = ("jax_flash2_out", "jax_flash2_lse")
 
 
 def attention(
@@ -74,7 +68,8 @@ def attention(
     Returns:
       The output, [*B, T, N, Hv] in query's dtype; with return_residual also the natural
       log-sum-exp of the logits, [*B, T, N] in float32 (float64 for float64 inputs). Both are
-      differentiable.
+      differentiable. Gradients are the kernels'; forward mode (`jax.jvp`) and derivatives of
+      derivatives are the plain definition's, in O(T * S) memory.
 
     Raises:
       ValueError: the shapes or values are wrong.
@@ -193,27 +188,5 @@ def _padded_attention(spec: AttentionSpec, query, key, value, *columns):
     """(output [*B, T, N, Hv], LSE [*B, T, N]) for any head dims; columns as in _bounds."""
     bounds = _bounds(query, key, *columns)
     padded = map(_ffi.pad_head_dim, (query, key, value))
-    out, lse = _attention(spec, *_partition.vary_alike(*padded, bounds))
+    out, lse = _derivative.attention(spec, *_partition.vary_alike(*padded, bounds))
     return out[..., : value.shape[-1]], jnp.swapaxes(lse, -1, -2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec: AttentionSpec, query, key, value, bounds):
-    """(output [*B, T, N, Hv], LSE [*B, N, T]), differentiable in both."""
-    return _partition.forward(query, key, value, bounds, spec)
-
-
-def _attention_fwd(spec, query, key, value, bounds):
-    results = _partition.forward(query, key, value, bounds, spec)
-    out, lse = map(checkpoint_name, results, CHECKPOINT_NAMES)
-    return (out, lse), (query, key, value, out, lse, bounds)
-
-
-def _attention_bwd(spec, residuals, cotangents):
-    query, key, value, out, lse, bounds = residuals
-    gradients = _partition.backward(query, key, value, out, lse, *cotangents, bounds, spec)
-    no_gradient = None if bounds is None else np.zeros(bounds.shape, jax.dtypes.float0)
-    return (*gradients, no_gradient)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -42,7 +42,8 @@ def in_auto_axes(call, query):
 def vary_alike(*operands):
     """Under shard_map(check_vma=True): all vary over what one of them varies over.
 
-    For outside the custom_vjp: the sum over a replicated operand's copies is this cast's transpose.
+    For outside the custom derivative: the sum over a replicated operand's copies is this cast's
+    transpose.
     """
     axes = _varying(*operands)
 

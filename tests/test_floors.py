@@ -31,6 +31,7 @@ PYTHON_FLOORS = [
     ["_cpu", "_cuda"],
     ["_ffi", "_checks", "_spec", "_reference"],
     ["_partition"],
+    ["_derivative"],
     ["_attention"],
     ["_which"],
     ["nnx", "linen", "__init__"],

@@ -325,25 +325,3 @@ def test_export_round_trip():
     cotangent = normal(B, T, N, HV)
     expected = jax.vjp(call, *arrays)[1](cotangent)
     assert_close(exported.vjp().call(*arrays, cotangent), expected, 0)
-
-
-@pytest.mark.parametrize("argument", range(3))
-def test_second_derivative_is_refused_clearly(argument):
-    def total(x, implementation=None):
-        arrays = [*qkv(B)]
-        arrays[argument] = x
-        return attention(*arrays, implementation=implementation).sum()
-
-    def second(implementation):
-        first = jax.grad(functools.partial(total, implementation=implementation))
-        return jax.grad(lambda x: (first(x) ** 2).sum())(qkv(B)[argument])
-
-    assert jnp.isfinite(second("xla")).all()
-    with pytest.raises(NotImplementedError, match="no kernels for its second derivative"):
-        second(None)
-
-
-def test_forward_mode_is_refused_by_jax():
-    query, key, value = qkv(B)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda q: attention(q, key, value), (query,), (query,))
