@@ -59,7 +59,8 @@ add_kernels(kernels_sm80 ARCHS ${JAX_FLASH2_CUDA_ARCHS}
 # The wgmma kernels, which only sm_90a can run. jax_flash2_config.h: kHasSm90.
 if(JAX_FLASH2_HAS_SM90)
   generate_instances(forward_sm90 ForwardProblem forward_sm90_sources)
-  add_kernels(kernels_sm90 ARCHS 90a-real SOURCES ${forward_sm90_sources})
+  generate_instances(backward_sm90 BackwardProblem backward_sm90_sources)
+  add_kernels(kernels_sm90 ARCHS 90a-real SOURCES ${forward_sm90_sources} ${backward_sm90_sources})
 endif()
 
 install(TARGETS _cuda LIBRARY DESTINATION jax_flash2)

@@ -94,8 +94,9 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
 
 
 def backward_results(q, k, v, mode):
-    """What the backward writes: dq, dk, dv; then delta, scaled_lse, dq_accum, semaphores and
-    dkv_partial, the shares of dK and dV that are still to be summed, if there are several."""
+    """What the backward writes: dq, dk, dv; then delta, scaled_lse, dq_accum, semaphores,
+    dkv_partial, the shares of dK and dV that are still to be summed, if there are several, and
+    next_block."""
     *batch, t, n, h = q.shape
     s, k_heads, hv = v.shape[-3:]
     splits = _group_splits(math.prod(batch), t, s, n, k_heads)
@@ -112,6 +113,7 @@ def backward_results(q, k, v, mode):
         jax.ShapeDtypeStruct(
             (*batch, splits if splits > 1 else 0, s, k_heads, h + hv), jnp.float32
         ),
+        jax.ShapeDtypeStruct((*batch, 1), jnp.int32),
     )
 
 

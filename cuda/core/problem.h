@@ -107,6 +107,7 @@ struct BackwardProblem {
   int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
   float* dkv_partial;  // [B, group_splits, S, K, H + Hv]: shares of dK and dV; null if there is one
   int group_splits;    // parts of a group, a divisor of N / K; 1 where a thread block does it whole
+  int32_t* next_block;  // one number: the queue of key blocks of persistent kernels
 };
 
 }  // namespace jax_flash2

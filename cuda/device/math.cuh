@@ -30,6 +30,18 @@ JF2_DEVICE uint32_t pack2<__nv_bfloat16>(float x, float y) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
 
+// The two floats that pack2 rounded, the low half first.
+template <typename Element>
+JF2_DEVICE float2 unpack2(uint32_t packed);
+template <>
+JF2_DEVICE float2 unpack2<__half>(uint32_t packed) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+}
+template <>
+JF2_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+}
+
 // The largest finite number of an element type, about.
 template <typename Element>
 inline constexpr float kLargest = 3e38f;

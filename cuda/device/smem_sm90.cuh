@@ -34,6 +34,10 @@ struct PanelTile {
   // Outer-major: rows are k, columns m or n, all of them, a panel every kPanelBytes.
   JF2_DEVICE uint32_t outer_major() const { return base >> 4 | (kPanelBytes >> 4) << 16; }
   static JF2_DEVICE uint32_t outer_major_offset(int k) { return (k * kPanelRowBytes) >> 4; }
+  // To the columns from `column` (a multiple of 64) on.
+  static JF2_DEVICE uint32_t outer_major_column(int column) {
+    return (column / kPanelCols) * (kPanelBytes >> 4);
+  }
 };
 
 }  // namespace jax_flash2

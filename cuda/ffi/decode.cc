@@ -253,6 +253,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   problem.dv = b.dv.untyped_data();
   problem.delta = b.delta.untyped_data();
   problem.scaled_lse = b.scaled_lse.untyped_data();
+  problem.next_block = static_cast<int32_t*>(b.next_block.untyped_data());
   if (Status s = decode(spec, problem); !s.ok()) return s;
   if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
 
@@ -293,7 +294,8 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
                     {"semaphores", b.semaphores, DataType::S32, {N, turns}},
-                    {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}}});
+                    {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}},
+                    {"next_block", b.next_block, DataType::S32, {1}}});
 }
 
 }  // namespace jax_flash2::ffi

@@ -22,7 +22,7 @@ struct ForwardBuffers {
 
 struct BackwardBuffers {
   AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, delta, scaled_lse, dq_accum, semaphores,
-      dkv_partial;
+      dkv_partial, next_block;
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
 

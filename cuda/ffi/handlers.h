@@ -72,7 +72,8 @@ class Handlers {
   static Error run_backward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
                             AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, Bounds bounds, Output dq,
                             Output dk, Output dv, Output delta, Output scaled_lse, Output dq_accum,
-                            Output semaphores, Output dkv_partial, AttentionSpec spec) {
+                            Output semaphores, Output dkv_partial, Output next_block,
+                            AttentionSpec spec) {
     const BackwardBuffers buffers = {.q = q,
                                      .k = k,
                                      .v = v,
@@ -88,6 +89,7 @@ class Handlers {
                                      .dq_accum = *dq_accum,
                                      .semaphores = *semaphores,
                                      .dkv_partial = *dkv_partial,
+                                     .next_block = *next_block,
                                      .bounds = bounds};
     return run<BackwardProblem>(context, buffers, spec);
   }
@@ -120,7 +122,7 @@ class Handlers {
   }
 
   static XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = operands_and_results<7, 8>()
+    static auto* const handler = operands_and_results<7, 9>()
                                      .template Attr<AttentionSpec>("spec")
                                      .To(run_backward, Backend::kTraits)
                                      .release();

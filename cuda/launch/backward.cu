@@ -51,6 +51,9 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
     return s;
   }
   Status main = at_head_dim(selection.head_dim, [&](auto head_dim) {
+    if constexpr (kHasSm90) {
+      if (selection.sm90) return launch_backward_sm90<head_dim>(problem, stream);
+    }
     return launch_backward<head_dim>(problem, stream);
   });
   if (!main.ok()) return main;

@@ -10,7 +10,12 @@
 
 namespace jax_flash2::gpu {
 
+// The sm_80 class: every GPU since Ampere.
 template <int kHeadDim>
 Status launch_backward(const BackwardProblem& problem, cudaStream_t stream);
+
+// Hopper: float16 and bfloat16, with the queue `next_block`.
+template <int kHeadDim>
+Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream);
 
 }  // namespace jax_flash2::gpu

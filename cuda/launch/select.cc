@@ -40,10 +40,12 @@ Status select(const ForwardProblem& problem, int major, Selection& selection) {
 }
 
 Status select(const BackwardProblem& problem, int major, Selection& selection) {
-  const char* const obstacle = why_not_sm90(problem, major);
-  selection.sm90 = false;
-  selection.reason = obstacle != nullptr ? obstacle : "there is no backward made for Hopper";
-  return select_head_dim(problem.shape, selection);
+  if (Status s = select_head_dim(problem.shape, selection); !s.ok()) return s;
+  const char* obstacle = why_not_sm90(problem, major);
+  if (obstacle == nullptr) obstacle = "there is no backward made for Hopper yet";
+  selection.sm90 = obstacle == nullptr;
+  selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
+  return {};
 }
 
 std::string select_code(const std::string& archs, int major, int minor) {

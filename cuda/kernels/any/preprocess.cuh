@@ -4,7 +4,7 @@
 // One thread block owns kTokenTile rows of one head, padding included; eight threads share a row.
 //   1  D = rowsum(dO * O) - dLSE; 0 where the row sees nothing or is padding
 //   2  scaled LSE = LSE * log2(e); +inf there, so that exp2(S - LSE) is 0 whatever S is
-//   3  zeros into the sums of dQ and the semaphores of these rows
+//   3  zeros into the sums of dQ and the semaphores of these rows, and into the queue
 #pragma once
 
 #include "core/problem.h"
@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (problem.semaphores != nullptr && thread < kTokenTile / kSemaphoreRows) {
     problem.semaphores[padded_row / kSemaphoreRows + thread] = 0;
   }
+  if (blockIdx.x == 0 && thread == 0) *problem.next_block = 0;
 }
 
 }  // namespace jax_flash2

@@ -1,0 +1,81 @@
+// The sm_90a backward for float16 and bfloat16: FlashAttention-2's algorithm (cuda/README.md, "The
+// backward" and "On Hopper") with warp-specialised roles.
+//
+//   1 A persistent thread block takes key blocks (block_k keys of one K/V head, with the query heads of
+//     its group or a part of them) from a queue until it is empty.
+//   2 The first warpgroup loads K and V of the block, and Q, dO, LSE and D of one step after the other:
+//     a step is a query tile of a head that sees the keys, last rows first.
+//   3 The other warpgroups own 64 keys each. Their scores are transposed, a row a key, so that P^T and
+//     dS^T leave the registers only as dS for dQ:
+//     a  S^T = K Q^T - LSE, in which three rows of products with ones add the LSE. P = 2^S; hide what
+//        the band hides.
+//     b  dP^T = V dO^T - D in the same way; dV += P^T dO.
+//     c  dP arrives: dS = P dP, into one of two buffers in shared memory.
+//     d  S of the next step, and dK += dS^T Q. S arrives, and its exponentials run under dK.
+//   4 The first warpgroup multiplies dQ = dS K and adds it to float32 sums in global memory.
+//   5 At the end dV and dK leave through the dS buffers, while the next block's K and V arrive.
+#pragma once
+
+#include "kernels/sm90/backward_dq.cuh"
+#include "kernels/sm90/backward_keys.cuh"
+#include "kernels/sm90/backward_matrices.cuh"
+
+namespace jax_flash2::sm90 {
+
+template <int kHeadDim, typename Math>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    backward_kernel(const __grid_constant__ CUtensorMap q_map,
+                    const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map,
+                    const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ CUtensorMap dk_map,
+                    const __grid_constant__ CUtensorMap dv_map,
+                    const __grid_constant__ BackwardParams p) {
+  constexpr BackwardTiles kTiles = backward_tiles(kHeadDim);
+  using Smem = BackwardSmem<kTiles>;
+  extern __shared__ uint8_t shared[];
+  const uint32_t unaligned = ptx::shared_address(shared), base = (unaligned + 1023) & ~1023u;
+  const Smem smem{base,
+                  reinterpret_cast<KeyBlock*>(shared + (base - unaligned) + Smem::kBlockRecords)};
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    constexpr int kWarps = 8, kWarpgroup = 4;  // of the consumers, of each warpgroup
+    constexpr int kDsWarps = Smem::kSharesMatrices ? kWarpgroup : kWarps;
+    for (int i = 0; i < KeyBlock::kSlots; ++i) {
+      ptx::mbarrier_init(smem.k_full(i), 1);
+      ptx::mbarrier_init(smem.v_full(i), 1);
+      ptx::mbarrier_init(smem.block_empty(i), kWarps);
+    }
+    for (int i = 0; i < kTiles.stages; ++i) {
+      ptx::mbarrier_init(smem.step_full(i), 1 + kWarpgroup);
+      ptx::mbarrier_init(smem.step_empty(i), kWarps);
+    }
+    for (int i = 0; i < Smem::kDsBuffers; ++i) {
+      ptx::mbarrier_init(smem.ds_full(i), kDsWarps);
+      ptx::mbarrier_init(smem.ds_empty(i), kWarpgroup);
+    }
+    ptx::mbarrier_init(smem.p_full(), kWarpgroup);
+    ptx::mbarrier_init(smem.p_empty(), kWarpgroup);
+    ptx::fence_mbarrier_init();
+  }
+  // Rows of terms beyond the three that are ever written.
+  for (int i = thread * 8; i < 2 * kTiles.stages * Smem::Terms::kBytes; i += kBackwardThreads * 8)
+    ptx::sts_f32x2(base + Smem::kLse + i, 0.f, 0.f);
+  ptx::fence_proxy_async();
+  __syncthreads();  // barriers and terms stand
+  if (thread < 128) {
+    ptx::setmaxnreg_dec<kTiles.dq_registers>();
+    load_and_multiply_dq<kTiles, Math>(p, smem, &q_map, &k_map, &v_map, &dout_map);
+  } else {
+    ptx::setmaxnreg_inc<kTiles.consumer_registers>();
+    if constexpr (!Smem::kSharesMatrices) {
+      consume_keys<kTiles, Math>(p, smem, &dk_map, &dv_map);
+    } else if (thread < 256) {
+      consume_matrices<kTiles, Math, true>(p, smem, &dv_map);
+    } else {
+      consume_matrices<kTiles, Math, false>(p, smem, &dk_map);
+    }
+  }
+}
+
+}  // namespace jax_flash2::sm90

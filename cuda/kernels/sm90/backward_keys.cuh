@@ -1,0 +1,106 @@
+// The consumers of the sm_90a backward where each warpgroup has 64 keys of its own (Share::kKeys):
+// S, P, dP, dS, dK and dV of them. Steps as in backward.cuh.
+#pragma once
+
+#include "kernels/sm90/backward_warp.cuh"
+
+namespace jax_flash2::sm90 {
+
+template <BackwardTiles kTiles, typename Math>
+JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
+                             const CUtensorMap* dk_map, const CUtensorMap* dv_map) {
+  using Smem = BackwardSmem<kTiles>;
+  using Work = KeyWarp<kTiles, Math>;
+  Work c{p, smem};
+  float dk[Work::kD], dv[Work::kD];
+  RingPlace<KeyBlock::kSlots> record;
+  RingPlace<kTiles.stages> stage;  // of the step whose S or P is in hand
+  RingPlace<Smem::kDsBuffers> ds;
+
+#pragma unroll 1
+  while (true) {
+    ptx::mbarrier_wait(smem.k_full(record.slot), record.parity);
+    const KeyBlock& block = smem.blocks[record.slot];
+    if (!block.live) break;
+    const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
+    const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
+    int tile = tiles - 1;  // of the step whose S or P is in hand
+    bool cut = false;      // does the band cut it?
+    c.zero(dk);
+    c.zero(dv);
+
+    auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
+    auto issue_s = [&]() __attribute__((always_inline)) {
+      ptx::mbarrier_wait(smem.step_full(stage.slot), stage.parity);
+      c.clear_padding(block, row(), stage.slot);
+      cut = c.is_cut(block, row());
+      c.issue_scores(smem.k(), smem.q(stage.slot), smem.lse(stage.slot));
+    };
+    auto take_s = [&]() __attribute__((always_inline)) {
+      c.pin(c.x);
+      c.exponentiate();
+      if (cut) c.hide(block, row());
+      c.pack(c.packed_p);
+    };
+    // One step, whose P is packed; S and P of the next along with it unless this is the last.
+    // Nothing is in flight before or after.
+    auto step = [&]<bool kLast>() __attribute__((always_inline)) {
+      const int now = stage.slot;
+      c.issue_scores(smem.v(), smem.dout(now), smem.delta(now));
+      c.issue_gradient(dv, c.packed_p, smem.dout(now));
+      ptx::wgmma_wait<0>();
+      c.pin(c.x);
+      c.pin(dv);
+      c.score_gradients();
+      if (cut) c.hide(block, row());
+      c.pack(c.packed_ds);
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot), ds.parity ^ 1);
+      c.store(smem.ds(ds.slot), c.packed_ds);
+      ptx::fence_proxy_async();
+      c.arrive(smem.ds_full(ds.slot));
+      ds.advance();
+      stage.advance();
+      if constexpr (!kLast) {
+        tile = tile == 0 ? tiles - 1 : tile - 1;
+        issue_s();
+      }
+      c.issue_gradient(dk, c.packed_ds, smem.q(now));
+      if constexpr (!kLast) {
+        ptx::wgmma_wait<1>();
+        take_s();
+      }
+      ptx::wgmma_wait<0>();
+      c.pin(dk);
+      c.arrive(smem.step_empty(now));
+    };
+
+    if (steps > 0) {
+      ptx::mbarrier_wait(smem.v_full(record.slot), record.parity);
+      c.clear_padding(block);
+      issue_s();
+      ptx::wgmma_wait<0>();
+      take_s();
+#pragma unroll 1
+      for (int left = steps; left > 1; --left) step.template operator()<false>();
+      step.template operator()<true>();
+    }
+    // Once the first warpgroup has read the last dS, its buffers may serve dV and dK.
+    RingPlace<Smem::kDsBuffers> last = ds;
+#pragma unroll
+    for (int i = 0; i < Smem::kDsBuffers; ++i) {
+      ptx::mbarrier_wait(smem.ds_empty(last.slot), last.parity ^ 1);
+      last.advance();
+    }
+    int used = 0;
+    c.store_gradient(block, dv, {dv_map, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.ds(0),
+                     Smem::kDsBuffers, used);
+    c.store_gradient(block, dk, {dk_map, p.scale, p.shape.head_dim, 0}, smem.ds(0),
+                     Smem::kDsBuffers, used);
+    if (c.lane() == 0) ptx::bulk_wait_read<0>();  // dS may be written again
+    c.arrive(smem.block_empty(record.slot));
+    record.advance();
+  }
+  if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads
+}
+
+}  // namespace jax_flash2::sm90

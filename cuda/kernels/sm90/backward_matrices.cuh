@@ -1,0 +1,134 @@
+// The consumers of the sm_90a backward where the two warpgroups share 64 keys (Share::kMatrices): one
+// has S, P and dV, the other dP, dS and dK, and P goes from one to the other through shared memory.
+// Steps as in backward.cuh.
+#pragma once
+
+#include "kernels/sm90/backward_warp.cuh"
+
+namespace jax_flash2::sm90 {
+
+template <BackwardTiles kTiles, typename Math, bool kHasP>
+JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> smem,
+                                 const CUtensorMap* map) {
+  using Smem = BackwardSmem<kTiles>;
+  using Work = KeyWarp<kTiles, Math>;
+  Work c{p, smem};
+  float d[Work::kD];  // dV or dK
+  RingPlace<KeyBlock::kSlots> record;
+  RingPlace<kTiles.stages> stage;  // of the step whose S or dP is in hand
+  RingPlace<Smem::kDsBuffers> ds;
+  RingPlace<1> shared_p;
+
+#pragma unroll 1
+  while (true) {
+    ptx::mbarrier_wait(smem.k_full(record.slot), record.parity);
+    const KeyBlock& block = smem.blocks[record.slot];
+    if (!block.live) break;
+    const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
+    const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
+    int tile = tiles - 1;  // of the step whose S or dP is in hand
+    c.zero(d);
+
+    auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
+    // S or dP of the step of `tile`.
+    auto issue = [&]() __attribute__((always_inline)) {
+      ptx::mbarrier_wait(smem.step_full(stage.slot), stage.parity);
+      c.clear_padding(block, row(), stage.slot);
+      if constexpr (kHasP) {
+        c.issue_scores(smem.k(), smem.q(stage.slot), smem.lse(stage.slot));
+      } else {
+        c.issue_scores(smem.v(), smem.dout(stage.slot), smem.delta(stage.slot));
+      }
+    };
+    // It has arrived: P or dS, in float32.
+    auto take = [&]() __attribute__((always_inline)) {
+      c.pin(c.x);
+      if constexpr (kHasP) {
+        c.exponentiate();
+      } else {
+        ptx::mbarrier_wait(smem.p_full(), shared_p.parity);
+        c.load(smem.p(), c.packed_p);
+        c.arrive(smem.p_empty());
+        shared_p.advance();
+        c.score_gradients();
+      }
+      if (c.is_cut(block, row())) c.hide(block, row());
+    };
+    // Packs it and hands it on.
+    auto give = [&]() __attribute__((always_inline)) {
+      if constexpr (kHasP) {
+        c.pack(c.packed_p);
+        ptx::mbarrier_wait(smem.p_empty(), shared_p.parity ^ 1);
+        c.store(smem.p(), c.packed_p);
+        c.arrive(smem.p_full());
+        shared_p.advance();
+      } else {
+        c.pack(c.packed_ds);
+        ptx::mbarrier_wait(smem.ds_empty(ds.slot), ds.parity ^ 1);
+        c.store(smem.ds(ds.slot), c.packed_ds);
+        ptx::fence_proxy_async();
+        c.arrive(smem.ds_full(ds.slot));
+        ds.advance();
+      }
+    };
+    auto issue_gradient = [&](int now) __attribute__((always_inline)) {
+      if constexpr (kHasP) {
+        c.issue_gradient(d, c.packed_p, smem.dout(now));
+      } else {
+        c.issue_gradient(d, c.packed_ds, smem.q(now));
+      }
+    };
+    auto end_step = [&](int now) __attribute__((always_inline)) {
+      ptx::wgmma_wait<0>();
+      c.pin(d);
+      c.arrive(smem.step_empty(now));
+    };
+
+    if (steps > 0) {
+      ptx::mbarrier_wait(smem.v_full(record.slot), record.parity);
+      c.clear_padding(block);
+      issue();
+      ptx::wgmma_wait<0>();
+      take();
+      give();
+#pragma unroll 1
+      for (int left = steps; left > 1; --left) {
+        const int now = stage.slot;
+        stage.advance();
+        tile = tile == 0 ? tiles - 1 : tile - 1;
+        issue();
+        issue_gradient(now);
+        ptx::wgmma_wait<1>();
+        take();
+        end_step(now);
+        give();
+      }
+      issue_gradient(stage.slot);
+      end_step(stage.slot);
+      stage.advance();
+    }
+    int used = 0;
+    if constexpr (kHasP) {
+      // Once the other warpgroup has read the last P, its tile may serve dV.
+      ptx::mbarrier_wait(smem.p_empty(), shared_p.parity ^ 1);
+      c.store_gradient(block, d, {map, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.p(), 1,
+                       used);
+    } else {
+      // Once the first warpgroup has read the last dS, its buffers may serve dK.
+      RingPlace<Smem::kDsBuffers> last = ds;
+#pragma unroll
+      for (int i = 0; i < Smem::kDsBuffers; ++i) {
+        ptx::mbarrier_wait(smem.ds_empty(last.slot), last.parity ^ 1);
+        last.advance();
+      }
+      c.store_gradient(block, d, {map, p.scale, p.shape.head_dim, 0}, smem.ds(0), Smem::kDsBuffers,
+                       used);
+    }
+    if (c.lane() == 0) ptx::bulk_wait_read<0>();  // P or dS may be written again
+    c.arrive(smem.block_empty(record.slot));
+    record.advance();
+  }
+  if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads
+}
+
+}  // namespace jax_flash2::sm90

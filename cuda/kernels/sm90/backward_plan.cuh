@@ -1,0 +1,156 @@
+// What the roles of the sm_90a backward share: parameters, the queue's order, the record of a key block,
+// and the layout of shared memory.
+#pragma once
+
+#include "core/problem.h"
+#include "device/smem_sm90.cuh"
+#include "kernels/sm90/tiles_backward.h"
+
+namespace jax_flash2::sm90 {
+
+// The order in which key blocks are handed out: inside a section of heads all first blocks, then all
+// second blocks, ... A head here is a part of the query heads of a group (group_splits).
+struct BlockOrder {
+  int key_blocks;  // a head
+  int heads;       // B * K * group_splits
+  int section_heads;
+
+  struct Block {
+    int head, key_block;
+  };
+  JF2_HOST_DEVICE int blocks() const { return key_blocks * heads; }
+  JF2_DEVICE Block at(int i) const {
+    const int first = i / (section_heads * key_blocks) * section_heads;
+    const int width = min(section_heads, heads - first);
+    const int rest = i - first * key_blocks;
+    return {first + rest % width, rest / width};
+  }
+};
+
+inline constexpr int kBackwardThreads = 3 * 128;
+enum BackwardBarrier { kFirstWarpgroup = 1, kConsumers = 2 };  // named barriers
+
+struct BackwardParams {
+  Shape shape;
+  BandSpec band;
+  float scale;
+  float scale_log2;          // scale * log2(e)
+  float inverse_scale_log2;  // 1 / scale_log2
+  BlockOrder order;
+  int group_splits;
+  const float* delta;       // [B, N, Tp]
+  const float* scaled_lse;  // [B, N, Tp]
+  float* dq_accum;          // [B, N, Tp, Hp]; null: dQ is somebody else's
+  int* semaphores;          // [B, N, Tp / kSemaphoreRows]; null unless deterministic
+  float* dkv_partial;       // [B, group_splits, S, K, H + Hv]; null where a block has a whole group
+  int* next_block;          // the queue: blocks handed out beyond the first of each thread block
+};
+
+// One key block and the query tiles that see it. The first warpgroup works it out and leaves it in
+// shared memory.
+struct alignas(16) KeyBlock {
+  int batch, kv_head, split, key_block;
+  int first_head, heads;  // query heads
+  int first_tile, tiles;  // query tiles of each; tiles 0: nobody sees the block
+  Band band;
+  Range keys;  // of the block, those that some query sees
+  Range rows;  // of the sequence, those that see some key
+  bool live;   // false: the queue is empty
+
+  static constexpr int kSlots = 2;
+};
+
+template <BackwardTiles kTiles>
+JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
+  block.live = i < p.order.blocks();
+  if (!block.live) return;
+  const BlockOrder::Block at = p.order.at(i);
+  const int heads = p.shape.kv_heads * p.group_splits;
+  const int part = at.head % heads;
+  block.batch = at.head / heads;
+  block.kv_head = part / p.group_splits;
+  block.split = part % p.group_splits;
+  block.key_block = at.key_block;
+  block.heads = p.shape.group() / p.group_splits;
+  block.first_head = part * block.heads;
+  const Band band = p.band.at(block.batch, p.shape.query_len, p.shape.kv_len);
+  const int key = at.key_block * kTiles.block_k();
+  const Range seeing = band.rows_of({key, key + kTiles.block_k()});
+  const Range seen = band.keys_of({0, band.query_length});
+  block.band = band;
+  block.keys = {max(key, seen.begin), min(key + kTiles.block_k(), seen.end)};
+  block.rows = band.rows_of({0, band.kv_length});
+  block.first_tile = seeing.begin / kTiles.block_q;
+  block.tiles =
+      seeing.empty() ? 0 : (seeing.end + kTiles.block_q - 1) / kTiles.block_q - block.first_tile;
+}
+
+template <BackwardTiles kTiles>
+struct BackwardSmem {
+  using KV = PanelTile<kTiles.block_k(), kTiles.head_dim>;
+  using Q = PanelTile<kTiles.block_q, kTiles.head_dim>;
+  using Scores = PanelTile<kTiles.block_k(), kTiles.block_q>;  // P^T or dS^T: a row a key
+  using Terms = PanelTile<16, kTiles.block_q>;                 // a row a term of LSE or D
+  static constexpr bool kSharesMatrices = kTiles.share == Share::kMatrices;
+  static constexpr int kDsBuffers = 2;
+  static constexpr int kK = 0;
+  static constexpr int kV = kK + KV::kBytes;
+  static constexpr int kQ = kV + KV::kBytes;
+  static constexpr int kDout = kQ + kTiles.stages * Q::kBytes;
+  static constexpr int kDs = kDout + kTiles.stages * Q::kBytes;
+  static constexpr int kP = kDs + kDsBuffers * Scores::kBytes;
+  static constexpr int kLse = kP + (kSharesMatrices ? Scores::kBytes : 0);
+  static constexpr int kDelta = kLse + kTiles.stages * Terms::kBytes;
+  static constexpr int kBarriers = kDelta + kTiles.stages * Terms::kBytes;
+  static constexpr int kBarrierCount =
+      3 * KeyBlock::kSlots + 2 * kDsBuffers + 2 + 2 * kTiles.stages;
+  static constexpr int kBlockRecords = (kBarriers + 8 * kBarrierCount + 15) / 16 * 16;
+  static constexpr int kBytes = kBlockRecords + int(sizeof(KeyBlock)) * KeyBlock::kSlots;
+  static constexpr int kLaunchBytes = kBytes + 1024;  // room to align the base
+  static_assert(kLaunchBytes <= 232448, "K, V, Q, dO, P and dS must fit the 227 KB of a block");
+
+  uint32_t base;     // shared address, aligned to 1024 bytes
+  KeyBlock* blocks;  // [KeyBlock::kSlots]
+
+  JF2_DEVICE KV k() const { return {base + kK}; }
+  JF2_DEVICE KV v() const { return {base + kV}; }
+  JF2_DEVICE Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
+  JF2_DEVICE Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
+  JF2_DEVICE Scores ds(int buffer) const { return {base + kDs + buffer * Scores::kBytes}; }
+  JF2_DEVICE Scores p() const { return {base + kP}; }
+  JF2_DEVICE Terms lse(int stage) const { return {base + kLse + stage * Terms::kBytes}; }
+  JF2_DEVICE Terms delta(int stage) const { return {base + kDelta + stage * Terms::kBytes}; }
+  // A key block's record is there and its K has arrived; its V has; the record is done with.
+  JF2_DEVICE uint32_t k_full(int slot) const { return barrier(slot); }
+  JF2_DEVICE uint32_t v_full(int slot) const { return barrier(KeyBlock::kSlots + slot); }
+  JF2_DEVICE uint32_t block_empty(int slot) const { return barrier(2 * KeyBlock::kSlots + slot); }
+  // Q and dO of a step have arrived, and the terms of its LSE and D are written; all has been read.
+  JF2_DEVICE uint32_t step_full(int stage) const { return barrier(kSteps + stage); }
+  JF2_DEVICE uint32_t step_empty(int stage) const {
+    return barrier(kSteps + kTiles.stages + stage);
+  }
+  // dS of a step is written, and nothing of the step before is read any more but by its dQ; dS has
+  // been read.
+  JF2_DEVICE uint32_t ds_full(int i) const { return barrier(kScores + i); }
+  JF2_DEVICE uint32_t ds_empty(int i) const { return barrier(kScores + kDsBuffers + i); }
+  // P of a step is written for the warpgroup that has dS; it has been read.
+  JF2_DEVICE uint32_t p_full() const { return barrier(kScores + 2 * kDsBuffers); }
+  JF2_DEVICE uint32_t p_empty() const { return barrier(kScores + 2 * kDsBuffers + 1); }
+
+ private:
+  static constexpr int kSteps = 3 * KeyBlock::kSlots, kScores = kSteps + 2 * kTiles.stages;
+  JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
+};
+
+// A place in a ring of kSize slots, and the parity of its current phase, which flips each time round.
+template <int kSize>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  JF2_DEVICE void advance() {
+    if (++slot == kSize) slot = 0, parity ^= 1;
+  }
+};
+
+}  // namespace jax_flash2::sm90

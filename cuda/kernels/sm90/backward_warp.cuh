@@ -1,0 +1,245 @@
+// What a consumer warp of the sm_90a backward does with its registers: products, P and dS, and the way
+// out for dK and dV. Steps as in backward.cuh.
+#pragma once
+
+#include "device/math.cuh"
+#include "kernels/sm90/backward_plan.cuh"
+
+namespace jax_flash2::sm90 {
+
+template <BackwardTiles kTiles, typename Math>
+struct KeyWarp {
+  using Smem = BackwardSmem<kTiles>;
+  using Element = typename Math::Element;
+  using Scores = typename Smem::Scores;
+  static constexpr int kS = kTiles.block_q / 2, kD = kTiles.head_dim / 2;  // registers
+  using ScoreMma = ptx::Wgmma<kTiles.block_q, Element>;
+  using TermMma = ptx::Wgmma<kTiles.block_q, __nv_bfloat16>;
+  using GradientMma = ptx::Wgmma<kTiles.head_dim, Element>;
+
+  const BackwardParams& p;
+  const Smem smem;
+
+  float x[kS];  // S, P, dP, dS in turn; rows are keys, columns queries
+  uint32_t packed_p[kS / 2], packed_ds[kS / 2];
+
+  // Read again wherever they are needed: held, they would cost registers that the products need.
+  static JF2_DEVICE int lane() { return ptx::thread_index() & 31; }
+  // Of the warp and of its warpgroup, in the block.
+  static JF2_DEVICE int first_key() {
+    return (ptx::thread_index() - 128) / 32 * 16 % kTiles.block_k();
+  }
+
+  // x = K Q^T or V dO^T of the warpgroup's keys, plus the terms of LSE or D of the queries.
+  JF2_DEVICE void issue_scores(typename Smem::KV keys, typename Smem::Q queries,
+                               typename Smem::Terms terms) {
+    // Ones in columns 0, 1 and 2 of the 16 of k.
+    constexpr uint32_t kOne = 0x3f80;
+    const int t = lane() & 3;
+    const uint32_t ones = t == 0 ? kOne << 16 | kOne : (t == 1 ? kOne : 0);
+    const uint32_t a[4] = {ones, ones, 0, 0};
+    const int warpgroup_key = ptx::uniform(first_key() / 64 * 64);
+    const uint32_t k = ptx::opaque(keys.k_major() + Smem::KV::k_major_offset(warpgroup_key, 0));
+    const uint32_t q = ptx::opaque(queries.k_major());
+    ptx::wgmma_fence();
+    TermMma::template rs<true>(x, a, terms.outer_major(), 0);
+#pragma unroll
+    for (int d = 0; d < kTiles.head_dim; d += 16)
+      ScoreMma::template ss<false, false>(x, k + Smem::KV::k_major_offset(0, d),
+                                          q + Smem::Q::k_major_offset(0, d), 1);
+    ptx::wgmma_commit();
+  }
+  // d += A B: dV += P^T dO or dK += dS^T Q.
+  JF2_DEVICE void issue_gradient(float (&d)[kD], const uint32_t (&a)[kS / 2],
+                                 typename Smem::Q queries) {
+    const uint32_t b = ptx::opaque(queries.outer_major());
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTiles.block_q; i += 16) {
+      const uint32_t (&fragment)[4] = *reinterpret_cast<const uint32_t (*)[4]>(&a[i / 4]);
+      GradientMma::template rs<true>(d, fragment, b + Smem::Q::outer_major_offset(i), 1);
+    }
+    ptx::wgmma_commit();
+  }
+  template <int kCount>
+  static JF2_DEVICE void pin(float (&values)[kCount]) {
+#pragma unroll
+    for (float& value : values) ptx::pin(value);
+  }
+  static JF2_DEVICE void zero(float (&d)[kD]) {
+#pragma unroll
+    for (float& value : d) value = 0.f;
+    pin(d);
+  }
+
+  // P or dS becomes 0 where the band hides, of the tile at query `row`.
+  JF2_DEVICE void hide(const KeyBlock& block, int row) {
+    const int key = block.key_block * kTiles.block_k() + first_key() + (lane() >> 2);
+    const int column = row + (lane() & 3) * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Range rows = block.band.rows_of({key + half * 8, key + half * 8 + 1});
+      const int begin = rows.begin - column, end = rows.end - column;
+#pragma unroll
+      for (int j = 0; j < kS / 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = j * 8 + e;
+          if (c < begin || c >= end) x[j * 4 + half * 2 + e] = 0.f;
+        }
+    }
+  }
+  // S, less LSE, becomes P.
+  JF2_DEVICE void exponentiate() {
+#pragma unroll
+    for (int i = 0; i < kS; ++i) x[i] = ptx::ex2(x[i] * p.scale_log2);
+  }
+  // dP, less D, becomes dS.
+  JF2_DEVICE void score_gradients() {
+#pragma unroll
+    for (int i = 0; i < kS / 2; ++i) {
+      const float2 pair = unpack2<Element>(packed_p[i]);
+      x[2 * i] *= pair.x, x[2 * i + 1] *= pair.y;
+    }
+  }
+  JF2_DEVICE void pack(uint32_t (&to)[kS / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kS / 2; ++i) to[i] = pack2<Element>(x[2 * i], x[2 * i + 1]);
+  }
+  // Between a warp's registers and its rows of a tile.
+  static JF2_DEVICE uint32_t fragment_address(Scores tile, int column) {
+    return tile.address(first_key() + (lane() & 15), column + (lane() >> 4) * 8);
+  }
+  static JF2_DEVICE void store(Scores tile, const uint32_t (&packed)[kS / 2]) {
+#pragma unroll
+    for (int c = 0; c < kTiles.block_q; c += 16) {
+      const uint32_t* r = &packed[c / 4];
+      ptx::stmatrix_x4(fragment_address(tile, c), r[0], r[1], r[2], r[3]);
+    }
+  }
+  static JF2_DEVICE void load(Scores tile, uint32_t (&packed)[kS / 2]) {
+#pragma unroll
+    for (int c = 0; c < kTiles.block_q; c += 16) {
+      uint32_t (&r)[4] = *reinterpret_cast<uint32_t (*)[4]>(&packed[c / 4]);
+      ptx::ldmatrix_x4(r, fragment_address(tile, c));
+    }
+  }
+  static JF2_DEVICE void arrive(uint32_t barrier) {
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  // Does the band cut the tile of queries at `row`?
+  static JF2_DEVICE bool is_cut(const KeyBlock& block, int row) {
+    const int key = block.key_block * kTiles.block_k();
+    return !block.band.covers({row, row + kTiles.block_q}, {key, key + kTiles.block_k()});
+  }
+  // Zeroes rows of a tile outside `live`, which counts from its first row.
+  template <typename Tile>
+  static JF2_DEVICE void clear_rows(Tile tile, Range live) {
+    constexpr int kChunks = Tile::kPanels * 8;
+#pragma unroll 1
+    for (int i = ptx::thread_index() - 128; i < Tile::kRows * kChunks; i += 256) {
+      const int row = i / kChunks;
+      if (row >= live.begin && row < live.end) continue;
+      const uint32_t a = tile.address(row, i % kChunks * 8);
+      ptx::sts_f32x2(a, 0.f, 0.f);
+      ptx::sts_f32x2(a + 8, 0.f, 0.f);
+    }
+  }
+  static JF2_DEVICE void cleared() {
+    ptx::fence_proxy_async();
+    ptx::barrier_sync(kConsumers, 256);
+  }
+  // Padding may hold anything, NaN among it: before products with a step's tiles, or a block's.
+  JF2_DEVICE void clear_padding(const KeyBlock& block, int row, int stage) const {
+    const Range live = {block.rows.begin - row, block.rows.end - row};
+    if (live.begin <= 0 && (live.end >= kTiles.block_q || block.rows.end == p.shape.query_len))
+      return;
+    clear_rows(smem.q(stage), live);
+    clear_rows(smem.dout(stage), live);
+    cleared();
+  }
+  JF2_DEVICE void clear_padding(const KeyBlock& block) const {
+    const int key = block.key_block * kTiles.block_k();
+    const Range live = {block.keys.begin - key, block.keys.end - key};
+    if (live.begin <= 0 && (live.end >= kTiles.block_k() || block.keys.end == p.shape.kv_len))
+      return;
+    clear_rows(smem.k(), live);
+    clear_rows(smem.v(), live);
+    cleared();
+  }
+
+  // Where the warp's 16 rows of a gradient go: dK or dV, and its columns.
+  struct Target {
+    const CUtensorMap* map;
+    float scale;
+    int cols;
+    int first_col;  // in dkv_partial
+  };
+  // The warp's rows of a gradient to global memory, 0 for keys that nobody sees: through its own
+  // rows of `count` tiles from `staging` on, a panel at a time.
+  JF2_DEVICE void store_gradient(const KeyBlock& block, float (&d)[kD], const Target& target,
+                                 Scores staging, int count, int& used) {
+    const int key = block.key_block * kTiles.block_k() + first_key();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = key + (lane() >> 2) + half * 8;
+      if (row >= block.keys.begin && row < block.keys.end) continue;
+#pragma unroll
+      for (int j = 0; j < kD / 4; ++j) d[j * 4 + half * 2] = d[j * 4 + half * 2 + 1] = 0.f;
+    }
+    if (p.dkv_partial != nullptr) return store_partial(block, d, target);
+#pragma unroll
+    for (int panel = 0; panel < Smem::KV::kPanels; ++panel) {
+      if (used == count) {
+        if (lane() == 0) ptx::bulk_wait_read<0>();
+        __syncwarp();
+        used = 0;
+      }
+      const Scores tile = {staging.base + used * Scores::kBytes};
+#pragma unroll
+      for (int c = 0; c < kPanelCols / 16; ++c) {
+        if (panel * kPanelCols + c * 16 >= kTiles.head_dim) break;
+        uint32_t r[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* const pair = &d[(panel * 4 + c) * 8 + i * 2];
+          r[i] = pack2<Element>(pair[0] * target.scale, pair[1] * target.scale);
+        }
+        ptx::stmatrix_x4(fragment_address(tile, c * 16), r[0], r[1], r[2], r[3]);
+      }
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (lane() == 0) {
+        if (panel * kPanelCols < target.cols && key < p.shape.kv_len)
+          ptx::tma_store_4d(target.map, tile.address(first_key(), 0), panel * kPanelCols,
+                            block.kv_head, key, block.batch);
+        ptx::bulk_commit();
+      }
+      ++used;
+    }
+  }
+  // The same in float32, where several thread blocks have a part of a group.
+  JF2_DEVICE void store_partial(const KeyBlock& block, const float (&d)[kD],
+                                const Target& target) const {
+    const int64_t all = p.shape.head_dim + p.shape.value_dim;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = block.key_block * kTiles.block_k() + first_key() + (lane() >> 2) + half * 8;
+      if (key >= p.shape.kv_len) break;
+      const int64_t share = int64_t(block.batch) * p.group_splits + block.split;
+      const int64_t row = (share * p.shape.kv_len + key) * p.shape.kv_heads + block.kv_head;
+      float* const to = p.dkv_partial + row * all + target.first_col;
+#pragma unroll
+      for (int j = 0; j < kD / 4; ++j) {
+        const int col = j * 8 + (lane() & 3) * 2;
+        if (col >= target.cols) break;
+        *reinterpret_cast<float2*>(to + col) =
+            make_float2(d[j * 4 + half * 2] * target.scale, d[j * 4 + half * 2 + 1] * target.scale);
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash2::sm90
