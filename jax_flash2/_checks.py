@@ -1,5 +1,7 @@
 """What a call may be: types, shapes, dtypes and combinations, told in one form of message."""
 
+import contextvars
+import functools
 import math
 import numbers
 import operator
@@ -13,11 +15,30 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_LENGTH = 2**28
 MAX_OFFSET = 2**29
 MAX_WINDOW = 2**30
+PAGE_MULTIPLE = 16
+_caller = contextvars.ContextVar("caller", default="attention")
+
+
+def speaks_as(name):
+    """Decorates a public function: what is wrong inside it is told in its name."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def named(*args, **kwargs):
+            token = _caller.set(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _caller.reset(token)
+
+        return named
+
+    return decorate
 
 
 def wrong(kind, name, expected, got, way_out=""):
     """The one form: which argument, what it should be, what it is, what to do."""
-    message = f"jax_flash2.attention: {name} should be {expected}, got {got}."
+    message = f"jax_flash2.{_caller.get()}: {name} should be {expected}, got {got}."
     return kind(f"{message} {way_out}" if way_out else message)
 
 
@@ -29,12 +50,45 @@ def describe(x) -> str:
     return repr(x)
 
 
-def arrays(query, key, value):
+def arrays(query, key, value, names=("key", "value")):
     """Query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, Hv] of one dtype, N % K == 0."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    _dtypes(query, key, value, names)
+    batch = list(query.shape[:-3])
+    for name, x, tail in zip(names, (key, value), ("S, K, H", "S, K, Hv"), strict=True):
+        if x.ndim != query.ndim or list(x.shape[:-3]) != batch:
+            raise wrong(
+                ValueError, name, f"[*B, {tail}] with query's batch axes {batch}", list(x.shape)
+            )
+    _heads(query, key, value, names)
+
+
+def paged_arrays(query, key, value, page_table, names):
+    """As `arrays`, but key [pages, page size, K, H], value [pages, page size, K, Hv] and an int32
+    table [*B, P]; returns the table as an array."""
+    _dtypes(query, key, value, names)
+    for name, x, last in zip(names, (key, value), ("H", "Hv"), strict=True):
+        if x.ndim != 4:
+            expected = f"[pages, page size, K, {last}], since there is a page_table"
+            raise wrong(ValueError, name, expected, list(x.shape))
+    if value.shape[0] != key.shape[0]:
+        expected = f"of as many pages as {names[0]}, {key.shape[0]}"
+        raise wrong(ValueError, names[1], expected, list(value.shape))
+    _heads(query, key, value, names)
+    if key.shape[1] < 1 or key.shape[1] % PAGE_MULTIPLE:
+        raise wrong(ValueError, "the page size", f"a multiple of {PAGE_MULTIPLE}", key.shape[1])
+    page_table = _int32("page_table", page_table)
+    batch = list(query.shape[:-3])
+    if page_table.ndim != len(batch) + 1 or list(page_table.shape[:-1]) != batch:
+        expected = f"[*B, P] with query's batch axes {batch}"
+        raise wrong(ValueError, "page_table", expected, list(page_table.shape))
+    return page_table
+
+
+def _dtypes(query, key, value, names):
+    for name, x in zip(("query", *names), (query, key, value), strict=True):
         if x.dtype.name not in DTYPES:
             raise wrong(TypeError, f"{name}'s dtype", f"one of {', '.join(DTYPES)}", x.dtype.name)
-    for name, x in (("key", key), ("value", value)):
+    for name, x in zip(names, (key, value), strict=True):
         if x.dtype != query.dtype:
             raise wrong(
                 TypeError,
@@ -45,25 +99,25 @@ def arrays(query, key, value):
             )
     if query.ndim < 3:
         raise wrong(ValueError, "query", "[*B, T, N, H]", list(query.shape))
-    *batch, _, heads, head_dim = query.shape
-    for name, x, tail in (("key", key, "S, K, H"), ("value", value, "S, K, Hv")):
-        if x.ndim != query.ndim or list(x.shape[:-3]) != batch:
-            raise wrong(
-                ValueError, name, f"[*B, {tail}] with query's batch axes {batch}", list(x.shape)
-            )
-    *_, length, kv_heads, _ = key.shape
+
+
+def _heads(query, key, value, names):
+    """Lengths, heads and head dims that go together."""
+    key_name, value_name = names
+    heads, head_dim = query.shape[-2:]
+    length, kv_heads = key.shape[-3:-1]
     if key.shape[-1] != head_dim:
-        raise wrong(ValueError, "key's head dim", f"query's, {head_dim}", key.shape[-1])
+        raise wrong(ValueError, f"{key_name}'s head dim", f"query's, {head_dim}", key.shape[-1])
     if value.shape[-3:-1] != (length, kv_heads):
         raise wrong(
             ValueError,
-            "value",
-            f"as long and of as many heads as key, [*B, {length}, {kv_heads}, Hv]",
+            value_name,
+            f"as long and of as many heads as {key_name}, [.., {length}, {kv_heads}, Hv]",
             list(value.shape),
         )
     for name, size in (
         ("query's head dim", head_dim),
-        ("value's head dim", value.shape[-1]),
+        (f"{value_name}'s head dim", value.shape[-1]),
         ("the number of query heads", heads),
         ("the number of key heads", kv_heads),
     ):
@@ -78,14 +132,15 @@ def arrays(query, key, value):
         )
 
 
-def limits(query, key, value, max_head_dim):
+def limits(query, key, value, max_head_dim, names=("key", "value"), page_table=None):
     """What the kernels of this build take; the plain definition has no such bounds."""
+    length = key.shape[-3] * (1 if page_table is None else page_table.shape[-1])
     way_out = 'implementation="xla" has no such limit.'
     for name, size, limit in (
         ("query's head dim", query.shape[-1], max_head_dim),
-        ("value's head dim", value.shape[-1], max_head_dim),
+        (f"{names[1]}'s head dim", value.shape[-1], max_head_dim),
         ("the query length", query.shape[-3], MAX_LENGTH),
-        ("the key length", key.shape[-3], MAX_LENGTH),
+        (f"the {names[0]} length", length, MAX_LENGTH),
     ):
         if size > limit:
             raise wrong(NotImplementedError, name, f"at most {limit}", size, way_out)
@@ -177,6 +232,12 @@ def query_offset(x, batch):
 def lengths(name, x, batch):
     """None, or an int32 array over the batch axes."""
     return None if x is None else _over_batch(name, _int32(name, x), batch, also_scalar=False)
+
+
+def required_lengths(name, x, batch):
+    if x is None:
+        raise wrong(TypeError, name, f"int32 over query's batch axes {list(batch)}", "None")
+    return lengths(name, x, batch)
 
 
 def _is_static_int(x) -> bool:

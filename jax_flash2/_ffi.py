@@ -34,6 +34,8 @@ TOKEN_TILE = _cpu.TOKEN_TILE
 HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
 MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
 SEMAPHORE_ROWS = _cpu.SEMAPHORE_ROWS
+DECODE_BLOCKS = _cpu.DECODE_BLOCKS
+DECODE_ROWS = _cpu.DECODE_ROWS
 HEAD_DIM_MULTIPLE = 8
 
 
@@ -117,6 +119,34 @@ def backward_results(q, k, v, mode):
     )
 
 
+def decode(q, k, v, lengths, page_table, spec):
+    """(out [*B, T, N, Hv], lse [*B, N, T]) of one call that decodes; lengths int32 [*B].
+
+    k and v are [*B, S, K, H] and [*B, S, K, Hv]; with a page table, int32 [*B, P], they are
+    [pages, page size, K, H] and [pages, page size, K, Hv].
+    """
+    target, operands = "jax_flash2_decode", (q, k, v, lengths)
+    if page_table is not None:
+        target, operands = f"{target}_paged", (*operands, page_table)
+    results = decode_results(q, k, v)
+    return jax.ffi.ffi_call(target, results)(*operands, spec=dataclasses.asdict(spec))[:2]
+
+
+def decode_results(q, k, v):
+    """What decoding writes: out, lse; partial_out, partial_stats and flags, by which the thread
+    blocks that share a sequence on a GPU tell each other what they found."""
+    *batch, t, n, _ = q.shape
+    rows = t * (n // k.shape[-2])
+    rows = min(rows, DECODE_ROWS) if isinstance(rows, int) else DECODE_ROWS
+    return (
+        jax.ShapeDtypeStruct((*batch, t, n, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((*batch, n, t), stats_dtype(q.dtype)),
+        jax.ShapeDtypeStruct((DECODE_BLOCKS, rows, v.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((DECODE_BLOCKS, rows, 2), jnp.float32),
+        jax.ShapeDtypeStruct((DECODE_BLOCKS, 2), jnp.int32),
+    )
+
+
 def _group_splits(*lengths):
     """The kernels' rule; one where jax.export leaves a length open."""
     return _cpu.group_splits(*lengths) if all(isinstance(x, int) for x in lengths) else 1
@@ -141,40 +171,40 @@ def _call(target, results, operands, bounds, spec):
 
 def guard(operands, spec):
     """The operands, with errors of our own where the call's lowering or derivative would fail."""
-    return _guard.bind(*operands, family=spec.family)
+    return _guard.bind(*operands, caller=spec.caller, family=spec.family)
 
 
 def _round_up(x, multiple):
     return (x + multiple - 1) // multiple * multiple
 
 
-def _lower_guard(ctx, *operands, family):
+def _lower_guard(ctx, *operands, caller, family):
     for platform in ctx.module_context.platforms:
         # Lowering for a machine elsewhere (jax.export) is no error.
         elsewhere = platform == "cuda" and not _has_cuda_device()
-        check_platform(platform, ctx.avals_in[0].dtype, family, elsewhere)
+        check_platform(platform, ctx.avals_in[0].dtype, family, elsewhere, caller)
     return operands
 
 
-def check_platform(platform, dtype, family, elsewhere=False):
+def check_platform(platform, dtype, family, elsewhere=False, caller="attention"):
     """Raises where XLA would find no kernel, or one that refuses: an earlier and clearer text."""
     way_out = 'Run it on the CPU (jax.default_device), or use implementation="xla".'
     if platform not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"jax_flash2.attention: there is no kernel for platform {platform!r}. {way_out}"
+            f"jax_flash2.{caller}: there is no kernel for platform {platform!r}. {way_out}"
         )
     if platform != "cuda" and family != "auto":
         raise NotImplementedError(
-            f'jax_flash2.attention: implementation="cuda_{family}" needs a CUDA device, and '
+            f'jax_flash2.{caller}: implementation="cuda_{family}" needs a CUDA device, and '
             f"this call is for platform {platform!r}. Leave implementation out."
         )
     if platform == "cuda" and dtype == jnp.float64:
         raise NotImplementedError(
-            f"jax_flash2.attention: there is no float64 kernel for CUDA. {way_out}"
+            f"jax_flash2.{caller}: there is no float64 kernel for CUDA. {way_out}"
         )
     if platform == "cuda" and _cuda is None and not elsewhere:
         raise NotImplementedError(
-            f"jax_flash2.attention: this build has no CUDA kernels ({_cpu.cuda_skipped()}). "
+            f"jax_flash2.{caller}: this build has no CUDA kernels ({_cpu.cuda_skipped()}). "
             f"Build it again with nvcc on the PATH. {way_out}"
         )
 
@@ -215,7 +245,7 @@ def _has_cuda_device():
         return False
 
 
-def _refuse_derivative(primals, tangents, *, family):
+def _refuse_derivative(primals, tangents, *, caller, family):
     raise NotImplementedError(
         "jax_flash2.attention: there are no kernels for its second derivative. "
         'implementation="xla" has derivatives of every order.'
@@ -226,11 +256,11 @@ def _refuse_derivative(primals, tangents, *, family):
 # first to know the platform, and only a derivative of a derivative asks for its own.
 _guard = Primitive("jax_flash2_guard")
 _guard.multiple_results = True
-_guard.def_impl(lambda *operands, family: operands)
-_guard.def_abstract_eval(lambda *operands, family: operands)
+_guard.def_impl(lambda *operands, **_: operands)
+_guard.def_abstract_eval(lambda *operands, **_: operands)
 mlir.register_lowering(_guard, _lower_guard)
-batching.primitive_batchers[_guard] = lambda operands, axes, *, family: (
-    _guard.bind(*operands, family=family),
+batching.primitive_batchers[_guard] = lambda operands, axes, **parameters: (
+    _guard.bind(*operands, **parameters),
     axes,
 )
 ad.primitive_jvps[_guard] = _refuse_derivative

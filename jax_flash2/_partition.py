@@ -64,7 +64,7 @@ def _varying(*operands):
     return axes
 
 
-def _on_devices(sharded, spec, *operands):
+def on_devices(sharded, spec, *operands):
     """Inside shard_map operands are local already. Partly manual too: custom_partitioning fails."""
     operands = _ffi.guard(operands, spec)
     if not jax.sharding.get_abstract_mesh().manual_axes:
@@ -79,14 +79,14 @@ def _mapped_forward(spec):
     @custom_vmap
     def call(q, k, v, bounds):
         """Leading axes that q has and the rest lacks share keys, values and bounds."""
-        return _on_devices(_sharded_forward, spec, *_present(q, k, v, bounds))
+        return on_devices(_sharded_forward, spec, *present(q, k, v, bounds))
 
     @call.def_vmap
     def rule(size, mapped, q, k, v, bounds):
         if not any(mapped[1:]):
             return call(q, k, v, bounds), (True, True)
         # The new axis becomes a batch axis, behind those of q alone.
-        q, *rest = (_broadcast(size, m, x) for m, x in zip(mapped, (q, k, v, bounds), strict=True))
+        q, *rest = (broadcast(size, m, x) for m, x in zip(mapped, (q, k, v, bounds), strict=True))
         shared = q.ndim - rest[0].ndim
         results = call(jnp.moveaxis(q, 0, shared), *rest)
         return tuple(jnp.moveaxis(x, shared, 0) for x in results), (True, True)
@@ -98,22 +98,22 @@ def _mapped_forward(spec):
 def _mapped_backward(spec):
     @custom_vmap
     def call(*operands):
-        return _on_devices(_sharded_backward, spec, *_present(*operands))
+        return on_devices(_sharded_backward, spec, *present(*operands))
 
     @call.def_vmap
     def rule(size, mapped, *operands):
         # Each element has gradients of its own for unmapped keys too, as large as copies of them.
-        operands = [_broadcast(size, m, x) for m, x in zip(mapped, operands, strict=True)]
+        operands = [broadcast(size, m, x) for m, x in zip(mapped, operands, strict=True)]
         return call(*operands), (True, True, True)
 
     return call
 
 
-def _present(*operands):
+def present(*operands):
     return [x for x in operands if x is not None]
 
 
-def _broadcast(size, mapped, x):
+def broadcast(size, mapped, x):
     return x if mapped or x is None else jnp.broadcast_to(x, (size, *x.shape))
 
 
@@ -144,7 +144,7 @@ def _local_backward(spec, q, k, v, out, lse, dout, dlse, *bounds):
     return _ffi.backward(q, k, v, out, lse, dout, dlse, bounds, spec)
 
 
-class _Placement:
+class Placement:
     """Where a call's operands lie: batch, tokens of q and heads as q's (or out's) sharding says.
 
     Everything else is whole on every device, hence gathered if it was not. So are key/value heads
@@ -170,7 +170,10 @@ class _Placement:
             "lse": (*self.lead, self.heads, self.tokens),
             "bounds": (*self.batch, None),
         }
-        return tuple(NamedSharding(self.mesh, PartitionSpec(*specs[name])) for name in names)
+        return self.named(specs[name] for name in names)
+
+    def named(self, specs):
+        return tuple(NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in specs)
 
     def own_heads(self, q):
         """For each query head of this shard the key/value head that it reads; one if all agree."""
@@ -214,10 +217,10 @@ def _dividing(mesh, entry, size):
 
 def _partition_forward(spec, mesh, operands, results):
     q, k, *_ = operands
-    placement = _Placement(mesh, results[0], q, k)
+    placement = Placement(mesh, results[0], q, k)
 
     def local(q, k, v, *bounds):
-        with _no_mesh():
+        with no_mesh():
             k, v = placement.pick(q, k), placement.pick(q, v)
             return _local_forward(spec, q, k, v, *placement.bounds(spec, q, k, bounds))
 
@@ -227,10 +230,10 @@ def _partition_forward(spec, mesh, operands, results):
 
 def _partition_backward(spec, mesh, operands, results):
     q, k, *_ = operands
-    placement = _Placement(mesh, results[0], q, k)
+    placement = Placement(mesh, results[0], q, k)
 
     def local(q, k, v, out, lse, dout, dlse, *bounds):
-        with _no_mesh():
+        with no_mesh():
             k, v = placement.pick(q, k), placement.pick(q, v)
             bounds = placement.bounds(spec, q, k, bounds)
             dq, dk, dv = _local_backward(spec, q, k, v, out, lse, dout, dlse, *bounds)
@@ -240,7 +243,7 @@ def _partition_backward(spec, mesh, operands, results):
     return mesh, local, placement.shardings(("q", "k", "k")), placement.shardings(names)
 
 
-def _no_mesh():
+def no_mesh():
     """Local operands have no mesh: for what is traced while a program is partitioned."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 

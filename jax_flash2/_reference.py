@@ -13,7 +13,43 @@ def attention(query, key, value, *, scale, precision=None, **masks):
 
     Computes in float32, or float64 for float64 inputs. Masks are those of `_mask`.
     """
-    mask = _mask(query, key, **masks)
+    return _attend(query, key, value, _mask(query, key, **masks), scale, precision)
+
+
+def decode_attention(
+    query, key, value, lengths, *, scale, local_window_size=None, page_table=None, precision=None
+):
+    """The same of the last T of `lengths` [*B] tokens, which are clamped to [0, S].
+
+    With a page table [*B, P], key is [pages, page size, K, H] and value as long, and S is P times
+    the page size.
+    """
+    is_there = True
+    if page_table is not None:
+        pages, page_size = key.shape[:2]
+        found = (page_table >= 0) & (page_table < pages)
+        page_table = jnp.where(found, page_table, pages)  # one page more, of zeros
+        key, value = (
+            jnp.pad(x, [(0, 1), (0, 0), (0, 0), (0, 0)])[page_table].reshape(
+                *page_table.shape[:-1], -1, *x.shape[-2:]
+            )
+            for x in (key, value)
+        )
+        is_there = jnp.repeat(found, page_size, axis=-1)[..., None, :]
+    lengths = jnp.clip(lengths, 0, key.shape[-3])
+    mask = _mask(
+        query,
+        key,
+        is_causal=True,
+        query_offset=lengths - query.shape[-3],
+        key_value_seq_lengths=lengths,
+        local_window_size=local_window_size,
+    )
+    return _attend(query, key, value, mask & is_there, scale, precision)
+
+
+def _attend(query, key, value, mask, scale, precision):
+    """Output and log-sum-exp under a mask, bool [*B, T, S]."""
     _, _, v, logits = _logits(query, key, value, mask, scale, precision)
     row_max = lax.stop_gradient(logits.max(-1, initial=-jnp.inf, keepdims=True))
     row_max = jnp.where(row_max == -jnp.inf, 0, row_max)

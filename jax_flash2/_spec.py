@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 
@@ -26,6 +27,17 @@ class AttentionSpec:
     precision: str  # "default", "high" or "highest": how float32 products are taken
     backward: str  # one of BACKWARD_MODES
     family: str  # CUDA kernels: "auto", the best for the device, or "sm80"
+    caller: ClassVar[str] = "attention"  # whose errors name it
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSpec:
+    """The attributes of a kernel that decodes; see AttentionSpec. Use `make_decode_spec`."""
+
+    scale: float  # positive
+    window_left: int  # keys that a query sees before its own position; UNBOUNDED: all
+    family: ClassVar[str] = "auto"
+    caller: ClassVar[str] = "decode_attention"
 
 
 def make_spec(
@@ -44,6 +56,12 @@ def make_spec(
         backward="fused" if backward == "auto" else str(backward),
         family=FAMILIES.get(implementation, "auto"),
     )
+
+
+def make_decode_spec(*, scale, window) -> DecodeSpec:
+    """The spec of a checked call; `scale` is positive: see `fold_scale`."""
+    left = UNBOUNDED if window is None else min(int(window[0]), UNBOUNDED)
+    return DecodeSpec(scale=float(scale), window_left=left)
 
 
 def fold_scale(scale) -> tuple[float, float]:

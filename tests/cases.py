@@ -201,8 +201,99 @@ LARGE = [
     ),
 ]
 
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    """One call of `decode_attention`, in the same letters; S is a multiple of page_size."""
+
+    name: str
+    lengths: tuple[int, ...]  # one entry a sequence
+    batch: tuple[int, ...] | None = None  # None: one axis
+    t: int = 1
+    s: int = 192
+    n: int = 4
+    k: int = 2
+    h: int = 64
+    hv: int = 64
+    scale: float | None = None
+    local_window_size: int | tuple[int, int] | None = None
+    page_size: int | None = None
+    missing: float = 0.0  # the share of pages whose id names none
+    amplitude: float = 1.0
+
+    def __str__(self):
+        return self.name
+
+    def as_case(self):
+        """The same numbers as attention, but for pages that are missing."""
+        lengths = tuple(min(max(x, 0), self.s) for x in self.lengths)
+        return Case(
+            self.name,
+            batch=(len(lengths),) if self.batch is None else self.batch,
+            **{x: getattr(self, x) for x in ("t", "s", "n", "k", "h", "hv", "scale", "amplitude")},
+            is_causal=True,
+            query_offset=tuple(x - self.t for x in lengths),
+            key_value_seq_lengths=lengths,
+            local_window_size=self.local_window_size,
+        )
+
+
+_RAGGED = (192, 1, 0, 65, 128)
+
+DECODE = [
+    DecodeCase("one_sequence", (192,)),
+    DecodeCase("no_batch_axis", (77,), batch=()),
+    DecodeCase("two_batch_axes", (192, 5, 0, 64, 65, 130), batch=(2, 3)),
+    DecodeCase("ragged", _RAGGED),
+    DecodeCase("lengths_of_zero", (0, 0, 0)),
+    DecodeCase("lengths_out_of_range", (1000, -7)),
+    DecodeCase("one_head", (192, 100), n=1, k=1),
+    DecodeCase("own_keys", (192, 100), n=3, k=3),
+    DecodeCase("one_kv_head", (192, 100), n=5, k=1),
+    DecodeCase("sixteen_heads_a_group", (192, 3), n=16, k=1),
+    DecodeCase("forty_heads_a_group", (192, 3), n=40, k=1),
+    DecodeCase("speculative", _RAGGED, t=4),
+    DecodeCase("speculative_many_rows", (192, 7, 100), t=8, n=16, k=2),
+    DecodeCase("more_rows_than_a_block", (192, 20, 100), t=37, n=8, k=2),
+    DecodeCase("more_tokens_than_lengths", (3, 1, 0, 5), t=5),
+    *(
+        DecodeCase(f"head_dim_{h}", (190, 33), h=h, hv=h, t=2)
+        for h in (1, 8, 20, 32, 72, 96, 128, 160, 192, 256)
+    ),
+    DecodeCase("head_dim_128_many_rows", (190, 33), h=128, hv=128, t=9),
+    DecodeCase("head_dim_256_many_rows", (190, 33), h=256, hv=256, t=9),
+    DecodeCase("value_dim_smaller", (190, 33), h=192, hv=128),
+    DecodeCase("value_dim_larger", (190, 33), h=24, hv=256),
+    DecodeCase("window", _RAGGED, local_window_size=50),
+    DecodeCase("window_of_one", _RAGGED, local_window_size=0, t=3),
+    DecodeCase("window_left", _RAGGED, local_window_size=(64, 7), t=5),
+    DecodeCase("window_wide", _RAGGED, local_window_size=10**6),
+    *(
+        DecodeCase(f"pages_of_{size}", (192, 1, 0, 65, 130), page_size=size, t=2)
+        for size in (16, 32, 48, 64, 96, 192)
+    ),
+    DecodeCase("pages_head_dim_96", (192, 100), page_size=16, h=96, hv=96),
+    DecodeCase("pages_head_dim_256", (192, 100), page_size=16, h=256, hv=256),
+    DecodeCase("pages_missing", (192, 0, 30, 100), page_size=16, missing=0.4, t=3),
+    DecodeCase("pages_missing_large", (192, 190), page_size=96, missing=0.5, t=3),
+    DecodeCase("pages_missing_all", (192, 50), page_size=32, missing=1.0),
+    DecodeCase("pages_window", (192, 150, 40), page_size=32, local_window_size=70, t=2),
+    DecodeCase("no_queries", (5, 7), t=0),
+    DecodeCase("no_keys", (0, 3), s=0),
+    DecodeCase("no_batch", ()),
+    DecodeCase("many_short", tuple(i * 7 % 31 for i in range(100)), s=32),
+    DecodeCase("long", (4096, 3000), s=4096),
+    DecodeCase("long_and_short", (10, 4000, 0, 70), s=4096, t=2),
+    DecodeCase("peaked_40", (192, 100), amplitude=40.0),
+    DecodeCase("peaked_150", (4096, 100), s=4096, amplitude=150.0),
+    DecodeCase("scale_given", (192, 100), scale=0.4),
+    DecodeCase("scale_zero", (192, 100), scale=0.0),
+    DecodeCase("scale_negative", (192, 100), scale=-0.3, t=3),
+]
+
 CASES = [*SHAPES, *HEADS, *HEAD_DIMS, *MASKS, *LENGTHS, *ZEROS, *VALUES, *RANDOM]
 assert len({case.name for case in CASES + LARGE}) == len(CASES + LARGE)
+assert len({case.name for case in DECODE}) == len(DECODE)
 
 
 def by_name(*names):

@@ -59,6 +59,7 @@ def test_cuda_module_brings_its_runtime():
     assert b"libcudart.so" not in text, "the CUDA runtime must be linked in"
     assert set(_cuda.registrations()) == set(_cpu.registrations())
     assert _cuda.attention_spec() == _cpu.attention_spec()
+    assert _cuda.decode_spec() == _cpu.decode_spec()
 
 
 @needs_cuda_module

@@ -1,5 +1,7 @@
 """Wrong calls: which exception, and what its text has to name. All at trace time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,3 +198,154 @@ def test_what_is_accepted(arguments):
         )
         assert (out.shape, out.dtype) == ((2, 5, 4, 24), jnp.float32)
         assert (lse.shape, lse.dtype) == ((2, 5, 4), jnp.float32)
+
+
+DECODE_PREFIX = r"^jax_flash2\.decode_attention: "
+PAGES, TABLE = (array(6, 32, 2, 16), array(6, 32, 2, 24)), array(2, 3, dtype=jnp.int32)
+
+# Query, caches, lengths, other arguments, exception, what the text names.
+DECODE = [
+    (array(5, 16), K, V, TWO_LENGTHS, {}, ValueError, ["query", "[*B, T, N, H]", "[5, 16]"]),
+    (Q, array(7, 2, 16), V, TWO_LENGTHS, {}, ValueError, ["key_cache", "batch axes [2]"]),
+    (Q, K, array(3, 7, 2, 24), TWO_LENGTHS, {}, ValueError, ["value_cache", "batch axes [2]"]),
+    (
+        Q,
+        K,
+        array(2, 6, 2, 24),
+        TWO_LENGTHS,
+        {},
+        ValueError,
+        ["value_cache", "as key_cache", "7, 2"],
+    ),
+    (Q, array(2, 7, 2, 8), V, TWO_LENGTHS, {}, ValueError, ["key_cache's head dim", "16", "8"]),
+    (
+        array(2, 5, 3, 16),
+        K,
+        V,
+        TWO_LENGTHS,
+        {},
+        ValueError,
+        ["number of query heads", "multiple of the number of key heads, 2", "3"],
+    ),
+    (
+        Q,
+        array(2, 7, 2, 16, dtype=jnp.bfloat16),
+        V,
+        TWO_LENGTHS,
+        {},
+        TypeError,
+        ["key_cache's dtype", "key_cache.astype(query.dtype)"],
+    ),
+    (Q, K, V, None, {}, TypeError, ["lengths", "int32", "None"]),
+    (Q, K, V, array(2), {}, TypeError, ["lengths's dtype", "int32", "float32", "astype"]),
+    (Q, K, V, array(3, dtype=jnp.int32), {}, ValueError, ["lengths", "batch axes [2]", "[3]"]),
+    (Q, K, V, array(dtype=jnp.int32), {}, ValueError, ["lengths", "batch axes [2]", "[]"]),
+    (Q, K, V, TWO_LENGTHS, {"scale": "1"}, TypeError, ["scale", "a Python number"]),
+    (Q, K, V, TWO_LENGTHS, {"local_window_size": -1}, ValueError, ["local_window_size", "-1"]),
+    (Q, K, V, TWO_LENGTHS, {"implementation": "cudnn"}, ValueError, ["None, 'xla'", "'cudnn'"]),
+    (Q, K, V, TWO_LENGTHS, {"return_residual": 1}, TypeError, ["return_residual", "True or"]),
+    (Q, *PAGES, TWO_LENGTHS, {}, ValueError, ["key_cache", "[*B, S, K, H]", "[6, 32, 2, 16]"]),
+    (
+        Q,
+        array(2, 6, 32, 2, 16),
+        PAGES[1],
+        TWO_LENGTHS,
+        {"page_table": TABLE},
+        ValueError,
+        ["key_cache", "[pages, page size, K, H]", "page_table", "[2, 6, 32, 2, 16]"],
+    ),
+    (
+        Q,
+        PAGES[0],
+        array(7, 32, 2, 24),
+        TWO_LENGTHS,
+        {"page_table": TABLE},
+        ValueError,
+        ["value_cache", "as many pages as key_cache, 6", "[7, 32, 2, 24]"],
+    ),
+    (
+        Q,
+        array(6, 40, 2, 16),
+        array(6, 40, 2, 24),
+        TWO_LENGTHS,
+        {"page_table": TABLE},
+        ValueError,
+        ["page size", "multiple of 16", "40"],
+    ),
+    (
+        Q,
+        array(6, 0, 2, 16),
+        array(6, 0, 2, 24),
+        TWO_LENGTHS,
+        {"page_table": TABLE},
+        ValueError,
+        ["page size", "multiple of 16", "0"],
+    ),
+    (
+        Q,
+        *PAGES,
+        TWO_LENGTHS,
+        {"page_table": array(3, 3, dtype=jnp.int32)},
+        ValueError,
+        ["page_table", "[*B, P]", "batch axes [2]", "[3, 3]"],
+    ),
+    (
+        Q,
+        *PAGES,
+        TWO_LENGTHS,
+        {"page_table": array(2, 3)},
+        TypeError,
+        ["page_table's dtype", "int32"],
+    ),
+    (
+        array(2, 5, 4, 264),
+        array(2, 7, 2, 264),
+        V,
+        TWO_LENGTHS,
+        {},
+        NotImplementedError,
+        ["query's head dim", "at most 256", "264", '"xla"'],
+    ),
+    (
+        Q,
+        *PAGES,
+        TWO_LENGTHS,
+        {"page_table": array(2, 2**23 + 1, dtype=jnp.int32)},
+        NotImplementedError,
+        ["key_cache length", "at most 268435456", "268435488"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "values", "lengths", "arguments", "kind", "parts"),
+    DECODE,
+    ids=[f"{i}-{d[-1][0]}" for i, d in enumerate(DECODE)],
+)
+def test_decoding(query, keys, values, lengths, arguments, kind, parts):
+    table = {name: x for name, x in arguments.items() if name == "page_table"}
+    static = {name: x for name, x in arguments.items() if name != "page_table"}
+    with pytest.raises(kind, match=DECODE_PREFIX) as error:
+        jax.eval_shape(
+            lambda *x, **table: jax_flash2.decode_attention(*x, **table, **static),
+            query,
+            keys,
+            values,
+            lengths,
+            **table,
+        )
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_what_decoding_accepts(implementation):
+    call = functools.partial(
+        jax_flash2.decode_attention, implementation=implementation, return_residual=True
+    )
+    for arguments in ({}, {"page_table": TABLE}):
+        caches = PAGES if arguments else (K, V)
+        out, lse = jax.eval_shape(call, Q, *caches, TWO_LENGTHS, **arguments)
+        assert (out.shape, lse.shape) == ((2, 5, 4, 24), (2, 5, 4))
+    out, _ = jax.eval_shape(lambda *x: call(*x, [3, 4], scale=1, local_window_size=3), Q, K, V)
+    assert out.dtype == jnp.float32

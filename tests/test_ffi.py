@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash2 import _ffi, attention
-from jax_flash2._spec import UNBOUNDED, AttentionSpec
+from jax_flash2 import _ffi, attention, decode_attention
+from jax_flash2._spec import UNBOUNDED, AttentionSpec, DecodeSpec
 
 QKV = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 9, 4, 16), (2, 7, 2, 16), (2, 7, 2, 8))]
 
@@ -66,6 +66,34 @@ def test_no_platform_but_these():
     with pytest.raises(NotImplementedError, match=r"no kernel for platform 'tpu'.*xla"):
         lowered("tpu", *QKV)
     assert "jax_flash2" not in lowered("tpu", *QKV, implementation="xla")
+
+
+def lowered_decoding(platform, dtype=jnp.bfloat16, **arguments):
+    arrays = [jax.ShapeDtypeStruct(x.shape, dtype) for x in QKV]
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    call = jax.jit(functools.partial(decode_attention, **arguments))
+    return call.trace(*arrays, lengths).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_lowering_of_decoding(platform):
+    text = lowered_decoding(platform, scale=-2, local_window_size=(3, 5))
+    attributes = {"scale": "2.000000e+00 : f64", "window_left": "3 : i64"}
+    assert custom_calls(text) == [("jax_flash2_decode", attributes)]
+    assert "jax_flash2_guard" not in text
+
+
+def test_platforms_of_decoding():
+    with pytest.raises(
+        NotImplementedError, match=r"decode_attention: there is no kernel for .*tpu"
+    ):
+        lowered_decoding("tpu")
+    assert "jax_flash2" not in lowered_decoding("tpu", implementation="xla")
+    with (
+        jax.enable_x64(True),
+        pytest.raises(NotImplementedError, match=r"decode_attention: .*no float64 kernel for CUDA"),
+    ):
+        lowered_decoding("cuda", jnp.float64)
 
 
 def test_a_family_of_cuda_kernels_is_for_cuda():
@@ -182,3 +210,35 @@ def test_every_result_is_written(mode, ragged, platform):
         assert not np.isnan(poisoned).any(), name
         tolerance = 0.01 if mode == "fused" else 0
         np.testing.assert_allclose(poisoned, clean, tolerance, tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("paged", [False, True])
+def test_every_result_of_decoding_is_written(paged, platform):
+    """Whatever results and workspaces held before, the results are the same."""
+    device = jax.devices(platform)[0]
+    rng = np.random.default_rng(0)
+    b, t, s, n, k, h, hv = 3, 2, 4096, 8, 2, 64, 72
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, hv)
+    if paged:
+        shapes = shapes[0], (b * s // 16, 16, k, h), (b * s // 16, 16, k, hv)
+    qkv = [rng.standard_normal(x).astype(jnp.bfloat16) for x in shapes]
+    operands = [*qkv, np.array([4096, 0, 77], np.int32)]
+    if paged:
+        operands.append(rng.permutation(b * s // 16).reshape(b, -1).astype(np.int32))
+    target = "jax_flash2_decode_paged" if paged else "jax_flash2_decode"
+    results = _ffi.decode_results(*qkv)
+    written = []
+    for number in (0, 1, np.nan):
+        memory = jax.device_put(
+            tuple(
+                np.full(r.shape, -1 if r.dtype == jnp.int32 and number else number, r.dtype)
+                for r in results
+            ),
+            device,
+        )
+        out = raw_call(target, DecodeSpec(0.1, UNBOUNDED), jax.device_put(operands, device), memory)
+        written.append([np.asarray(x, np.float32) for x in out[:2]])
+    for x in written[1:]:
+        np.testing.assert_array_equal(x[0], written[0][0])
+        np.testing.assert_array_equal(x[1], written[0][1])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_flash2 import _cpu, _ffi
-from jax_flash2._spec import make_spec
+from jax_flash2._spec import make_decode_spec, make_spec
 
 SPEC = make_spec(
     scale=0.5,
@@ -67,6 +67,39 @@ def call(name, changes=None, spec=None):
     return jax.block_until_ready(jax.jit(lambda *args: run(*args, spec=attributes))(*inputs))
 
 
+PAGES, PAGE, P = 5, 16, 3
+DECODE = {
+    "q": struct(B, T, N, H),
+    "k": struct(B, S, K, H),
+    "v": struct(B, S, K, HV),
+    "lengths": struct(B, dtype="int32"),
+    "out": struct(B, T, N, HV),
+    "lse": struct(B, N, T),
+    "partial_out": struct(_cpu.DECODE_BLOCKS, T * N // K, HV),
+    "partial_stats": struct(_cpu.DECODE_BLOCKS, T * N // K, 2),
+    "flags": struct(_cpu.DECODE_BLOCKS, 2, dtype="int32"),
+}
+PAGED = {
+    "q": DECODE["q"],
+    "k": struct(PAGES, PAGE, K, H),
+    "v": struct(PAGES, PAGE, K, HV),
+    "lengths": DECODE["lengths"],
+    "page_table": struct(B, P, dtype="int32"),
+    **{name: DECODE[name] for name in list(DECODE)[4:]},
+}
+
+
+def decode(changes=None, spec=None, paged=False):
+    """Calls the handler that decodes with some buffers or attributes changed."""
+    buffers = list({**(PAGED if paged else DECODE), **(changes or {})}.values())
+    operands = 5 if paged else 4
+    attributes = dataclasses.asdict(make_decode_spec(scale=0.5, window=None)) | (spec or {})
+    target = "jax_flash2_decode_paged" if paged else "jax_flash2_decode"
+    run = jax.ffi.ffi_call(target, tuple(buffers[operands:]))
+    inputs = [jnp.zeros(s.shape, s.dtype) for s in buffers[:operands]]
+    return jax.block_until_ready(jax.jit(lambda *args: run(*args, spec=attributes))(*inputs))
+
+
 @pytest.fixture(autouse=True)
 def on_cpu():
     with jax.default_device(jax.devices("cpu")[0]):
@@ -79,6 +112,10 @@ def test_the_unchanged_calls_work():
     assert (out == 0).all()
     assert (lse == -jnp.inf).all()
     assert all((gradient == 0).all() for gradient in call("backward")[:3])
+    for paged in (False, True):
+        out, lse = decode(paged=paged)[:2]
+        assert (out == 0).all()
+        assert (lse == -jnp.inf).all()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +178,62 @@ def test_attributes_are_checked(name, spec, message):
         call(name, spec=spec)
 
 
+@pytest.mark.parametrize(
+    ("paged", "buffer"),
+    [(paged, name) for paged, buffers in enumerate((DECODE, PAGED)) for name in buffers],
+)
+def test_every_buffer_of_decoding_is_held_against_the_query(paged, buffer):
+    good = (PAGED if paged else DECODE)[buffer]
+    longer = struct(*good.shape[:-1], good.shape[-1] + 8, dtype=good.dtype)
+    first = struct(good.shape[0] + 1, *good.shape[1:], dtype=good.dtype)
+    bad = [struct(*good.shape, dtype="int8")]
+    if buffer not in ("q", "v", "page_table"):  # what they say of Hv, or P, others then deny
+        bad.append(longer)
+    if buffer != "q" and not (paged and buffer in ("k", "v")):
+        bad.append(first)
+    for x in bad:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"jax_flash2: {buffer} should be "):
+            decode({buffer: x}, paged=paged)
+
+
+@pytest.mark.parametrize(
+    ("paged", "changes", "message"),
+    [
+        (False, {"k": struct(S, K, H)}, "k should be of rank 4 as q is"),
+        (False, {"q": struct(B, T, 3, H)}, "N should be a multiple of the key heads K = 2, got 3"),
+        (True, {"q": struct(N, H)}, r"q should be \[\*B, T, N, H\]"),
+        (True, {"k": struct(S, K, H)}, r"k should be \[pages, page size, K, H\]"),
+        (True, {"v": struct(S, K, H)}, r"v should be \[pages, page size, K, Hv\]"),
+        (True, {"k": struct(PAGES, 24, K, H)}, "page size should be a multiple of 16, got 24"),
+        (True, {"k": struct(PAGES, 0, K, H)}, "page size should be in .*, got 0"),
+        (True, {"v": struct(PAGES + 1, PAGE, K, HV)}, r"v should be float32\[5,16,2,8\]"),
+        (True, {"page_table": struct(dtype="int32")}, r"page_table should be \[\*B, P\]"),
+        (
+            True,
+            {"page_table": struct(B + 1, P, dtype="int32")},
+            r"page_table should be int32\[2,3\]",
+        ),
+    ],
+)
+def test_shapes_of_decoding_are_checked(paged, changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{message}"):
+        decode(changes, paged=paged)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"scale": 0.0}, "scale should be positive and finite, got 0"),
+        ({"scale": float("inf")}, "scale should be positive and finite, got inf"),
+        ({"window_left": -1}, "window_left should be at least 0, got -1"),
+        ({"window_right": 1}, "Wrong number of attributes"),
+    ],
+)
+def test_attributes_of_decoding_are_checked(spec, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        decode(spec=spec)
+
+
 @pytest.mark.parametrize("splits", [0, 1])
 def test_fewer_parts_of_a_group(splits):
     gradients = call("backward", {"dkv_partial": struct(B, splits, S, K, H + HV)})[:3]
@@ -156,6 +249,8 @@ def test_targets_are_the_ones_registered():
     assert sorted(_cpu.registrations()) == [
         "jax_flash2_backward",
         "jax_flash2_backward_ragged",
+        "jax_flash2_decode",
+        "jax_flash2_decode_paged",
         "jax_flash2_forward",
         "jax_flash2_forward_ragged",
     ]

@@ -8,7 +8,7 @@ import pytest
 from cases import CASES
 from definition import mask_of
 
-from jax_flash2 import _ffi, _spec
+from jax_flash2 import _checks, _ffi, _spec
 
 MODULES = [m for m in (_ffi._cpu, _ffi._cuda) if m is not None]
 
@@ -16,14 +16,21 @@ MODULES = [m for m in (_ffi._cpu, _ffi._cuda) if m is not None]
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_fields_are_those_of_the_kernels(module):
     """A difference in order would swap two attributes of one type in silence."""
-    fields = [(f.name, f.type.__name__) for f in dataclasses.fields(_spec.AttentionSpec)]
-    assert [tuple(member) for member in module.attention_spec()] == fields
+    for spec, members in (
+        (_spec.AttentionSpec, module.attention_spec()),
+        (_spec.DecodeSpec, module.decode_spec()),
+    ):
+        fields = [(f.name, f.type.__name__) for f in dataclasses.fields(spec)]
+        assert [tuple(member) for member in members] == fields
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_constants_are_those_of_the_kernels(module):
     for name in ("TOKEN_TILE", "HEAD_DIM_TILE", "MAX_HEAD_DIM", "SEMAPHORE_ROWS"):
         assert getattr(module, name) == getattr(_ffi, name)
+    for name in ("DECODE_BLOCKS", "DECODE_ROWS"):
+        assert getattr(module, name) == getattr(_ffi, name)
+    assert module.PAGE_MULTIPLE == _checks.PAGE_MULTIPLE
 
 
 def spec(**changes):
@@ -104,3 +111,19 @@ def test_edges_far_out():
     assert _spec.band(True, None, -far) == (-far, 1 - far)  # sees none: still an edge
     assert _spec.band(False, (0, 0), far) == (far - 1, far)
     assert _spec.band(False, (2**30, 2**30), 0) == (-far, far)
+
+
+def test_a_decode_spec_is_of_its_types():
+    made = _spec.make_decode_spec(scale=np.float32(2), window=(np.int32(3), 4))
+    assert made == _spec.DecodeSpec(2.0, 3)
+    assert [type(x) for x in dataclasses.astuple(made)] == [float, int]
+    assert _spec.make_decode_spec(scale=1, window=None).window_left == _spec.UNBOUNDED
+    assert _spec.make_decode_spec(scale=1, window=(2**30, 0)).window_left == _spec.UNBOUNDED
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(2.0, (1.0, 2.0)), (-0.5, (-1.0, 0.5)), (0.0, (0.0, 1.0)), (-1e-40, (-1e-40, 1.0))],
+)
+def test_the_scale_of_the_kernels_is_positive(scale, expected):
+    assert _spec.fold_scale(scale) == expected

@@ -1,5 +1,5 @@
-// cpu::forward and cpu::backward: the choice of kernels, the scratch memory, and the order in which
-// the workers take the tasks.
+// cpu::forward, cpu::backward and cpu::decode: the choice of kernels, the scratch memory, and the
+// order in which the workers take the tasks.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -19,6 +19,7 @@ namespace jax_flash2::cpu {
   namespace isa {                                \
   extern const ForwardKernels forward_kernels;   \
   extern const BackwardKernels backward_kernels; \
+  extern const DecodeKernels decode_kernels;     \
   }
 JF2_DECLARE_KERNELS(baseline)
 #ifdef JAX_FLASH2_CPU_X86
@@ -36,6 +37,7 @@ struct Kernels {
   const char* instruction_set;
   const ForwardKernels& forward;
   const BackwardKernels& backward;
+  const DecodeKernels& decode;
 };
 
 // The best that this machine runs, or less where the environment asks for it (for tests).
@@ -48,16 +50,18 @@ Kernels choose_kernels() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && __builtin_cpu_supports("avx512bf16") && limit.empty()) {
-    return {"avx512bf16", avx512bf16::forward_kernels, avx512bf16::backward_kernels};
+    return {"avx512bf16", avx512bf16::forward_kernels, avx512bf16::backward_kernels,
+            avx512bf16::decode_kernels};
   }
   if (has_avx512 && limit != "avx2" && limit != "baseline") {
-    return {"avx512", avx512::forward_kernels, avx512::backward_kernels};
+    return {"avx512", avx512::forward_kernels, avx512::backward_kernels, avx512::decode_kernels};
   }
   if (has_avx2 && limit != "baseline") {
-    return {"avx2", avx2::forward_kernels, avx2::backward_kernels};
+    return {"avx2", avx2::forward_kernels, avx2::backward_kernels, avx2::decode_kernels};
   }
 #endif
-  return {"baseline", baseline::forward_kernels, baseline::backward_kernels};
+  return {"baseline", baseline::forward_kernels, baseline::backward_kernels,
+          baseline::decode_kernels};
 }
 
 template <class Kernel>
@@ -167,6 +171,71 @@ Status backward(const BackwardProblem& problem, Executor& executor) try {
       });
 } catch (const std::bad_alloc&) {
   return Status::internal("attention on the CPU: no memory for the order of dq's blocks");
+}
+
+// The tiles of keys of all sequences, for each key/value head and block of rows, one after the
+// other; a task is an equal part of them, whatever heads or sequences it begins and ends in.
+Status decode(const DecodeProblem& problem, Executor& executor) try {
+  const Shape& shape = problem.shape;
+  if (shape.batch == 0 || shape.query_len == 0) return {};
+  const DecodeKernels& choice = kernels().decode;
+  const DecodeKernel& kernel = problem.dtype == DType::kFloat64 ? choice.real64 : choice.single;
+  const int64_t rows = problem.rows(), row_blocks = (rows + kRowTile - 1) / kRowTile;
+  const int64_t units = shape.kv_heads * row_blocks;  // of a sequence
+  const auto keys_of = [&](int64_t b) { return problem.band(b).keys_of({0, shape.query_len}); };
+
+  // Where each sequence begins. It has a tile at least: results are written where nothing is seen.
+  std::vector<int64_t> first(shape.batch + 1);
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    const Range keys = keys_of(b);
+    const int tiles = (keys.end - keys.begin + kDecodeTile - 1) / kDecodeTile;
+    first[b + 1] = first[b] + units * std::max(tiles, 1);
+  }
+  constexpr int64_t kMinTiles = 4, kTasksPerThread = 4;
+  const int64_t total = first.back();
+  const int64_t tasks =
+      std::clamp<int64_t>(total / kMinTiles, 1, kTasksPerThread * executor.num_threads());
+  const auto bound = [&](int64_t task) { return total * task / tasks; };
+  const auto task_at = [&](int64_t tile) { return ((tile + 1) * tasks - 1) / total; };
+
+  // A task may end one unit that others began, and begin one that others end: two partials. The
+  // worker that adds the last one of a unit merges them, in their order; who began it counts.
+  const size_t partial_bytes =
+      std::min<int64_t>(rows, kRowTile) * (shape.value_dim + 2) * kernel.real_bytes;
+  std::vector<char> partials(2 * tasks * partial_bytes);
+  const auto partial = [&](int64_t task, bool begins) {
+    return partials.data() + (2 * task + begins) * partial_bytes;
+  };
+  std::vector<std::atomic<int>> added(tasks);
+  return run_tasks(executor, tasks, kernel.scratch_bytes, [&](int64_t task, void* scratch) {
+    const int64_t end = bound(task + 1);
+    for (int64_t at = bound(task), stop; at < end; at = stop) {
+      const int64_t b = std::upper_bound(first.begin(), first.end(), at) - first.begin() - 1;
+      const int64_t tiles = (first[b + 1] - first[b]) / units, unit = (at - first[b]) / tiles;
+      const int64_t unit_begin = first[b] + unit * tiles, unit_end = unit_begin + tiles;
+      stop = std::min(end, unit_end);
+      const Head head = {b, static_cast<int>(unit / row_blocks)};
+      const int64_t row = unit % row_blocks * kRowTile;
+      const Rows block = {row, std::min(rows, row + kRowTile)};
+      const Range all = keys_of(b);
+      const int begin_tile = static_cast<int>(at - unit_begin);
+      const int end_tile = static_cast<int>(stop - unit_begin);
+      const Range keys = {all.begin + begin_tile * kDecodeTile,
+                          std::min(all.end, all.begin + end_tile * kDecodeTile)};
+      if (end_tile - begin_tile == tiles) {
+        kernel.part(problem, head, block, keys, nullptr, scratch);
+        continue;
+      }
+      kernel.part(problem, head, block, keys, partial(task, at == unit_begin), scratch);
+      const int64_t first_task = task_at(unit_begin), last_task = task_at(unit_end - 1);
+      if (added[first_task].fetch_add(1) < last_task - first_task) continue;
+      std::vector<const void*> parts = {partial(first_task, true)};
+      for (int64_t i = first_task + 1; i <= last_task; ++i) parts.push_back(partial(i, false));
+      kernel.merge(problem, head, block, parts.data(), static_cast<int>(parts.size()), scratch);
+    }
+  });
+} catch (const std::bad_alloc&) {
+  return Status::internal("attention on the CPU: no memory for the parts of a decoding call");
 }
 
 }  // namespace jax_flash2::cpu

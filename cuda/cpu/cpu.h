@@ -3,6 +3,7 @@
 
 #include <functional>
 
+#include "core/decode.h"
 #include "core/problem.h"
 #include "core/status.h"
 
@@ -24,5 +25,6 @@ const char* instruction_set();
 
 Status forward(const ForwardProblem& problem, Executor& executor);
 Status backward(const BackwardProblem& problem, Executor& executor);
+Status decode(const DecodeProblem& problem, Executor& executor);
 
 }  // namespace jax_flash2::cpu

@@ -1,14 +1,15 @@
-// The host's kernels as one instruction set offers them. forward.cc and backward.cc are compiled
-// once for each (JAX_FLASH2_CPU_ISA names it); attention.cc chooses one at run time, and does
-// all that is not arithmetic: memory, threads, the order of the work.
+// The host's kernels as one instruction set offers them. forward.cc, backward.cc and decode.cc are
+// compiled once for each (JAX_FLASH2_CPU_ISA names it); attention.cc chooses one at run time, and
+// does all that is not arithmetic: memory, threads, the order of the work.
 //
-// Those two files call no inline function of the standard library and keep their own functions in
+// Those files call no inline function of the standard library and keep their own functions in
 // unnamed namespaces: what the linker merges between translation units would otherwise be code for
 // a CPU that this machine may not have.
 #pragma once
 
 #include <cstddef>
 
+#include "core/decode.h"
 #include "core/problem.h"
 
 namespace jax_flash2::cpu {
@@ -57,6 +58,25 @@ struct BackwardKernel {
 
 struct BackwardKernels {
   BackwardKernel single, real64, bfloat16;
+};
+
+// Keys of a tile, by which the work of decoding is divided.
+inline constexpr int kDecodeTile = 64;
+
+struct DecodeKernel {
+  size_t scratch_bytes;
+  int real_bytes;  // of a number in `partial`
+  // Attention of at most kRowTile rows over some of the keys. `partial`, [rows, Hv + 2], gets each
+  // row's O, not yet divided, then m and l; null where the keys are all that there are: then out
+  // and lse.
+  void (*part)(const DecodeProblem&, Head, Rows, Range keys, void* partial, void* scratch);
+  // out and lse of the rows from the `count` partials of all keys.
+  void (*merge)(const DecodeProblem&, Head, Rows, const void* const* partials, int count,
+                void* scratch);
+};
+
+struct DecodeKernels {
+  DecodeKernel single, real64;
 };
 
 // Lets another thread run; for waiting loops.

@@ -18,11 +18,9 @@ JF2_INLINE T min(T a, T b) {
 class HeadView {
  public:
   HeadView(const Shape& shape, DType dtype, const BandSpec& band, Head head)
-      : shape_(shape),
-        dtype_(dtype),
-        head_(head),
-        group_(shape.group()),
-        band_(band.at(head.b, shape.query_len, shape.kv_len)) {}
+      : HeadView(shape, dtype, band.at(head.b, shape.query_len, shape.kv_len), head) {}
+  HeadView(const Shape& shape, DType dtype, const Band& band, Head head)
+      : shape_(shape), dtype_(dtype), head_(head), group_(shape.group()), band_(band) {}
 
   const Band& band() const { return band_; }
   DType dtype() const { return dtype_; }

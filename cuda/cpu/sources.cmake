@@ -1,7 +1,8 @@
 # How the host's files are compiled: the kernels once for each instruction set, the rest once.
 # Appends to JAX_FLASH2_CPU_SOURCES.
 set(JAX_FLASH2_CPU_KERNELS
-  ${CMAKE_CURRENT_LIST_DIR}/forward.cc ${CMAKE_CURRENT_LIST_DIR}/backward.cc)
+  ${CMAKE_CURRENT_LIST_DIR}/forward.cc ${CMAKE_CURRENT_LIST_DIR}/backward.cc
+  ${CMAKE_CURRENT_LIST_DIR}/decode.cc)
 
 # The baseline comes first: should the linker ever merge an inline function, it keeps that one.
 function(jax_flash2_cpu_kernels isa)

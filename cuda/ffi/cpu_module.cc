@@ -20,6 +20,10 @@ struct CpuBackend {
     PoolExecutor executor(pool);
     return cpu::backward(problem, executor);
   }
+  static Status run(const DecodeProblem& problem, Context pool) {
+    PoolExecutor executor(pool);
+    return cpu::decode(problem, executor);
+  }
 };
 
 }  // namespace

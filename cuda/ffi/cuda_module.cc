@@ -29,6 +29,9 @@ struct CudaBackend {
   static Status run(const BackwardProblem& problem, cudaStream_t stream) {
     return gpu::backward(problem, stream);
   }
+  static Status run(const DecodeProblem& problem, cudaStream_t stream) {
+    return gpu::decode(problem, stream);
+  }
 };
 
 nb::dict build_info() {

@@ -115,18 +115,11 @@ Status decode_dtype(const AnyBuffer& q, Call& call) {
   }
 }
 
-Status decode_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, Call& call) {
-  if (Status s = decode_dtype(q, call); !s.ok()) return s;
-  const Dims q_dims = dims_of(q), k_dims = dims_of(k), v_dims = dims_of(v);
-  const size_t rank = q_dims.size();
-  if (rank < 3) return wrong("q", "[*B, T, N, H]", describe(q));
-  const std::string same_rank = "of rank " + std::to_string(rank) + " as q is";
-  if (k_dims.size() != rank) return wrong("k", same_rank, describe(k));
-  if (v_dims.size() != rank) return wrong("v", same_rank, describe(v));
-
-  const int64_t query_len = q_dims[rank - 3], query_heads = q_dims[rank - 2];
-  const int64_t kv_len = k_dims[rank - 3], kv_heads = k_dims[rank - 2];
-  const int64_t head_dim = q_dims[rank - 1], value_dim = v_dims[rank - 1];
+// Checks the numbers and fills `call`; `k` and `v` are the axes [S, K, H] and [S, K, Hv].
+Status decode_shape(const Dims& q, const Dims& k, const Dims& v, Call& call) {
+  const size_t rank = q.size();
+  const int64_t query_len = q[rank - 3], query_heads = q[rank - 2], head_dim = q[rank - 1];
+  const int64_t kv_len = k[0], kv_heads = k[1], value_dim = v[2];
   const int64_t max_int = std::numeric_limits<int32_t>::max();
   if (Status s = check_range("the query length T", query_len, 0, kMaxLength); !s.ok()) return s;
   if (Status s = check_range("the key length S", kv_len, 0, kMaxLength); !s.ok()) return s;
@@ -139,7 +132,7 @@ Status decode_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, C
                  std::to_string(query_heads));
   }
 
-  call.batch_axes = Dims(q_dims.begin(), q_dims.end() - 3);
+  call.batch_axes = Dims(q.begin(), q.end() - 3);
   call.shape = {.batch = 1,
                 .query_len = static_cast<int>(query_len),
                 .kv_len = static_cast<int>(kv_len),
@@ -148,8 +141,56 @@ Status decode_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, C
                 .head_dim = static_cast<int>(head_dim),
                 .value_dim = static_cast<int>(value_dim)};
   for (int64_t axis : call.batch_axes) call.shape.batch *= axis;
-  return check_all(call.batch_axes, {{"k", k, call.data_type, {kv_len, kv_heads, head_dim}},
-                                     {"v", v, call.data_type, {kv_len, kv_heads, value_dim}}});
+  return {};
+}
+
+Status decode_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, Call& call) {
+  if (Status s = decode_dtype(q, call); !s.ok()) return s;
+  const Dims q_dims = dims_of(q), k_dims = dims_of(k), v_dims = dims_of(v);
+  const size_t rank = q_dims.size();
+  if (rank < 3) return wrong("q", "[*B, T, N, H]", describe(q));
+  const std::string same_rank = "of rank " + std::to_string(rank) + " as q is";
+  if (k_dims.size() != rank) return wrong("k", same_rank, describe(k));
+  if (v_dims.size() != rank) return wrong("v", same_rank, describe(v));
+  const Dims k_tail(k_dims.end() - 3, k_dims.end()), v_tail(v_dims.end() - 3, v_dims.end());
+  if (Status s = decode_shape(q_dims, k_tail, v_tail, call); !s.ok()) return s;
+  const int64_t S = k_tail[0], K = k_tail[1];
+  return check_all(call.batch_axes, {{"k", k, call.data_type, {S, K, call.shape.head_dim}},
+                                     {"v", v, call.data_type, {S, K, call.shape.value_dim}}});
+}
+
+// The same for k and v in pages, [pages, page size, K, H] and [pages, page size, K, Hv].
+Status decode_paged_call(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v,
+                         const AnyBuffer& table, Call& call, Pages& pages) {
+  if (Status s = decode_dtype(q, call); !s.ok()) return s;
+  const Dims q_dims = dims_of(q), k_dims = dims_of(k), v_dims = dims_of(v);
+  const Dims table_dims = dims_of(table);
+  if (q_dims.size() < 3) return wrong("q", "[*B, T, N, H]", describe(q));
+  if (k_dims.size() != 4) return wrong("k", "[pages, page size, K, H]", describe(k));
+  if (v_dims.size() != 4) return wrong("v", "[pages, page size, K, Hv]", describe(v));
+  if (table_dims.empty()) return wrong("page_table", "[*B, P]", describe(table));
+  const int64_t count = k_dims[0], size = k_dims[1], K = k_dims[2], P = table_dims.back();
+  if (Status s = check_range("the pages", count, 0, kMaxLength); !s.ok()) return s;
+  if (Status s = check_range("the page size", size, kPageMultiple, kMaxLength); !s.ok()) return s;
+  if (size % kPageMultiple != 0) {
+    return wrong("the page size", "a multiple of " + std::to_string(kPageMultiple),
+                 std::to_string(size));
+  }
+  if (Status s = check_range("the pages of a sequence P", P, 0, kMaxLength); !s.ok()) return s;
+  if (Status s = decode_shape(q_dims, {P * size, K, k_dims[3]}, {P * size, K, v_dims[3]}, call);
+      !s.ok()) {
+    return s;
+  }
+  pages = {.table = static_cast<const int32_t*>(table.untyped_data()),
+           .per_sequence = static_cast<int>(P),
+           .size = static_cast<int>(size),
+           .count = static_cast<int>(count)};
+  if (Status s = check_all({}, {{"k", k, call.data_type, {count, size, K, call.shape.head_dim}},
+                                {"v", v, call.data_type, {count, size, K, call.shape.value_dim}}});
+      !s.ok()) {
+    return s;
+  }
+  return check_all(call.batch_axes, {{"page_table", table, DataType::S32, {P}}});
 }
 
 Status decode_precision(std::string_view text, Precision& precision) {
@@ -172,13 +213,15 @@ Status decode_family(std::string_view text, Family& family) {
   return wrong("family", "auto or sm80", std::string(text));
 }
 
+Status decode_scale(double value, double& scale) {
+  if (value > 0 && std::isfinite(value)) return scale = value, Status();
+  return wrong("scale", "positive and finite", std::to_string(value));
+}
+
 // What the attributes say to forward and backward alike.
 template <class Problem>
 Status decode_shared(const AttentionSpec& spec, Problem& problem) {
-  if (!(spec.scale > 0) || std::isinf(spec.scale)) {
-    return wrong("scale", "positive and finite", std::to_string(spec.scale));
-  }
-  problem.scale = spec.scale;
+  if (Status s = decode_scale(spec.scale, problem.scale); !s.ok()) return s;
   const auto edge = [](int64_t x) {
     return static_cast<int>(std::clamp<int64_t>(x, -kUnbounded, kUnbounded));
   };
@@ -296,6 +339,45 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"semaphores", b.semaphores, DataType::S32, {N, turns}},
                     {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}},
                     {"next_block", b.next_block, DataType::S32, {1}}});
+}
+
+Status decode(const DecodeBuffers& b, const DecodeSpec& spec, DecodeProblem& problem) {
+  Call call;
+  problem = {};
+  if (Status s = b.page_table ? decode_paged_call(b.q, b.k, b.v, *b.page_table, call, problem.pages)
+                              : decode_call(b.q, b.k, b.v, call);
+      !s.ok()) {
+    return s;
+  }
+  const Shape& shape = call.shape;
+  problem.shape = shape;
+  problem.dtype = call.dtype;
+  problem.lengths = static_cast<const int32_t*>(b.lengths.untyped_data());
+  problem.q = b.q.untyped_data();
+  problem.k = b.k.untyped_data();
+  problem.v = b.v.untyped_data();
+  problem.out = b.out.untyped_data();
+  problem.lse = b.lse.untyped_data();
+  problem.partial_out = static_cast<float*>(b.partial_out.untyped_data());
+  problem.partial_stats = static_cast<float*>(b.partial_stats.untyped_data());
+  problem.flags = static_cast<uint64_t*>(b.flags.untyped_data());
+  if (Status s = decode_scale(spec.scale, problem.scale); !s.ok()) return s;
+  if (spec.window_left < 0) {
+    return wrong("window_left", "at least 0", std::to_string(spec.window_left));
+  }
+  problem.window_left = static_cast<int>(std::min<int64_t>(spec.window_left, kUnbounded));
+  const int64_t T = shape.query_len, N = shape.query_heads, Hv = shape.value_dim;
+  const int64_t rows = std::min<int64_t>(T * shape.group(), kDecodeRows);
+  if (Status s = check_all(
+          {}, {{"partial_out", b.partial_out, DataType::F32, {kDecodeBlocks, rows, Hv}},
+               {"partial_stats", b.partial_stats, DataType::F32, {kDecodeBlocks, rows, 2}},
+               {"flags", b.flags, DataType::S32, {kDecodeBlocks, 2}}});
+      !s.ok()) {
+    return s;
+  }
+  return check_all(call.batch_axes, {{"lengths", b.lengths, DataType::S32, {}},
+                                     {"out", b.out, call.data_type, {T, N, Hv}},
+                                     {"lse", b.lse, call.stats_type, {N, T}}});
 }
 
 }  // namespace jax_flash2::ffi

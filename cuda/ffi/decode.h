@@ -5,6 +5,7 @@
 #include <optional>
 #include <string_view>
 
+#include "core/decode.h"
 #include "core/problem.h"
 #include "core/spec.h"
 #include "core/status.h"
@@ -26,6 +27,13 @@ struct BackwardBuffers {
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
 
+// k and v are [*B, S, K, H] and [*B, S, K, Hv]; with a page table, [pages, page size, K, H] and
+// [pages, page size, K, Hv].
+struct DecodeBuffers {
+  AnyBuffer q, k, v, lengths, out, lse, partial_out, partial_stats, flags;
+  std::optional<AnyBuffer> page_table = std::nullopt;
+};
+
 // A dtype by its name, and the attributes alone: for who has no buffers.
 Status decode(std::string_view name, DType& dtype);
 Status decode(const AttentionSpec& spec, ForwardProblem& problem);
@@ -33,5 +41,6 @@ Status decode(const AttentionSpec& spec, BackwardProblem& problem);
 
 Status decode(const ForwardBuffers& buffers, const AttentionSpec& spec, ForwardProblem& problem);
 Status decode(const BackwardBuffers& buffers, const AttentionSpec& spec, BackwardProblem& problem);
+Status decode(const DecodeBuffers& buffers, const DecodeSpec& spec, DecodeProblem& problem);
 
 }  // namespace jax_flash2::ffi

@@ -35,12 +35,15 @@ inline xla::ffi::Error to_error(const Status& status) {
 template <class Backend>
 class Handlers {
  public:
-  // A ragged target has one operand more, bounds: the same handler takes it where it is given.
-  static std::array<Registration, 4> registrations() {
+  // A ragged target has one operand more, bounds, and a paged one the page table: the same handler
+  // takes it where it is given.
+  static std::array<Registration, 6> registrations() {
     return {{{"jax_flash2_forward", forward},
              {"jax_flash2_forward_ragged", forward},
              {"jax_flash2_backward", backward},
-             {"jax_flash2_backward_ragged", backward}}};
+             {"jax_flash2_backward_ragged", backward},
+             {"jax_flash2_decode", decoding},
+             {"jax_flash2_decode_paged", decoding}}};
   }
 
  private:
@@ -50,8 +53,8 @@ class Handlers {
   using Output = xla::ffi::Result<AnyBuffer>;
   using Context = typename Backend::Context;  // what XLA decodes Backend::ContextTag into
 
-  template <class Problem, class Buffers>
-  static Error run(Context context, const Buffers& buffers, const AttentionSpec& spec) {
+  template <class Problem, class Buffers, class Spec>
+  static Error run(Context context, const Buffers& buffers, const Spec& spec) {
     Problem problem;
     if (Status s = decode(buffers, spec, problem); !s.ok()) return to_error(s);
     return to_error(Backend::run(problem, context));
@@ -94,6 +97,23 @@ class Handlers {
     return run<BackwardProblem>(context, buffers, spec);
   }
 
+  static Error run_decoding(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                            AnyBuffer lengths, std::optional<AnyBuffer> page_table, Output out,
+                            Output lse, Output partial_out, Output partial_stats, Output flags,
+                            DecodeSpec spec) {
+    const DecodeBuffers buffers = {.q = q,
+                                   .k = k,
+                                   .v = v,
+                                   .lengths = lengths,
+                                   .out = *out,
+                                   .lse = *lse,
+                                   .partial_out = *partial_out,
+                                   .partial_stats = *partial_stats,
+                                   .flags = *flags,
+                                   .page_table = page_table};
+    return run<DecodeProblem>(context, buffers, spec);
+  }
+
   // XLA's bindings cannot be moved, only extended: hence the recursion on the count.
   template <int count>
   static auto operands() {
@@ -125,6 +145,14 @@ class Handlers {
     static auto* const handler = operands_and_results<7, 9>()
                                      .template Attr<AttentionSpec>("spec")
                                      .To(run_backward, Backend::kTraits)
+                                     .release();
+    return handler->Call(frame);
+  }
+
+  static XLA_FFI_Error* decoding(XLA_FFI_CallFrame* frame) {
+    static auto* const handler = operands_and_results<4, 5>()
+                                     .template Attr<DecodeSpec>("spec")
+                                     .To(run_decoding, Backend::kTraits)
                                      .release();
     return handler->Call(frame);
   }

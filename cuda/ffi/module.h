@@ -7,6 +7,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "core/decode.h"
 #include "core/problem.h"
 #include "core/spec.h"
 #include "ffi/handlers.h"
@@ -28,6 +29,7 @@ constexpr const char* python_type() {
 template <class Backend>
 void define_module(nanobind::module_& m) {
   namespace nb = nanobind;
+#define JAX_FLASH2_MEMBER(type, name) members.append(nb::make_tuple(#name, python_type<type>()));
   m.def(
       "registrations",
       [] {
@@ -42,12 +44,19 @@ void define_module(nanobind::module_& m) {
       "attention_spec",
       [] {
         nb::list members;
-#define JAX_FLASH2_MEMBER(type, name) members.append(nb::make_tuple(#name, python_type<type>()));
         JAX_FLASH2_ATTENTION_SPEC(JAX_FLASH2_MEMBER)
-#undef JAX_FLASH2_MEMBER
         return members;
       },
       "Attributes of a call, in order: [(name, type name)]; AttentionSpec in Python has the same.");
+  m.def(
+      "decode_spec",
+      [] {
+        nb::list members;
+        JAX_FLASH2_DECODE_SPEC(JAX_FLASH2_MEMBER)
+        return members;
+      },
+      "The same for a call that decodes; DecodeSpec in Python has the same.");
+#undef JAX_FLASH2_MEMBER
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the FFI headers this module was built with; jaxlib's must not be older.");
@@ -69,6 +78,9 @@ void define_module(nanobind::module_& m) {
   m.attr("HEAD_DIM_TILE") = kHeadDimTile;
   m.attr("SEMAPHORE_ROWS") = kSemaphoreRows;
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  m.attr("DECODE_BLOCKS") = kDecodeBlocks;
+  m.attr("DECODE_ROWS") = kDecodeRows;
+  m.attr("PAGE_MULTIPLE") = kPageMultiple;
 }
 
 }  // namespace jax_flash2::ffi

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "core/decode.h"
 #include "core/problem.h"
 #include "core/status.h"
 
@@ -11,5 +12,6 @@ namespace jax_flash2::gpu {
 
 Status forward(const ForwardProblem& problem, cudaStream_t stream);
 Status backward(const BackwardProblem& problem, cudaStream_t stream);
+Status decode(const DecodeProblem& problem, cudaStream_t stream);
 
 }  // namespace jax_flash2::gpu
