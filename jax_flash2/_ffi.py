@@ -34,6 +34,7 @@ TOKEN_TILE = _cpu.TOKEN_TILE
 HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
 MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
 SEMAPHORE_ROWS = _cpu.SEMAPHORE_ROWS
+ROW_STATS = _cpu.ROW_STATS
 DECODE_BLOCKS = _cpu.DECODE_BLOCKS
 DECODE_ROWS = _cpu.DECODE_ROWS
 HEAD_DIM_MULTIPLE = 8
@@ -96,8 +97,8 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
 
 
 def backward_results(q, k, v, mode):
-    """What the backward writes: dq, dk, dv; then delta, scaled_lse, dq_accum, semaphores,
-    dkv_partial, the shares of dK and dV that are still to be summed, if there are several, and
+    """What the backward writes: dq, dk, dv; then row_stats, dq_accum, semaphores, dkv_partial,
+    the shares of dK and dV that are still to be summed, if there are several, and
     next_block."""
     *batch, t, n, h = q.shape
     s, k_heads, hv = v.shape[-3:]
@@ -105,11 +106,9 @@ def backward_results(q, k, v, mode):
     t_padded = _round_up(t, TOKEN_TILE)
     accum_dim = 0 if mode == "split" else _round_up(h, HEAD_DIM_TILE)
     semaphores = t_padded // SEMAPHORE_ROWS if mode == "deterministic" else 0
-    stats = jax.ShapeDtypeStruct((*batch, n, t_padded), stats_dtype(q.dtype))
     return (
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
-        stats,
-        stats,
+        jax.ShapeDtypeStruct((*batch, n, ROW_STATS, t_padded), stats_dtype(q.dtype)),
         jax.ShapeDtypeStruct((*batch, n, t_padded, accum_dim), jnp.float32),
         jax.ShapeDtypeStruct((*batch, n, semaphores), jnp.int32),
         jax.ShapeDtypeStruct(

@@ -79,6 +79,14 @@ struct ForwardProblem {
   int32_t* next_tile;  // [B], a workspace: the queue of tiles of persistent kernels
 };
 
+// What the backward needs to know of each query row, a plane of `row_stats` each. The sm_90a kernels
+// take the same as terms of a sum instead (device/row_terms.cuh), which fill three planes.
+enum RowStat {
+  kDelta,      // D
+  kScaledLse,  // LSE * log2(e), +inf where the row sees nothing
+  kRowStats = 3
+};
+
 // D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),
 // dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO; dK and dV are summed over the heads of a
 // group.
@@ -101,9 +109,8 @@ struct BackwardProblem {
   void* dk;          // [B, S, K, H]
   void* dv;          // [B, S, K, Hv]
   // Workspaces: declared results, so that XLA plans their memory; uninitialised on entry.
-  void* delta;       // [B, N, Tp] as lse: D; Tp = round_up(T, kTokenTile)
-  void* scaled_lse;  // [B, N, Tp] as lse: LSE * log2(e), +inf where the row sees nothing
-  void* dq_accum;    // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
+  void* row_stats;  // [B, N, kRowStats, Tp] as lse; Tp = round_up(T, kTokenTile); see below
+  void* dq_accum;   // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
   int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
   float* dkv_partial;  // [B, group_splits, S, K, H + Hv]: shares of dK and dV; null if there is one
   int group_splits;    // parts of a group, a divisor of N / K; 1 where a thread block does it whole

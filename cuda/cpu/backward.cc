@@ -70,9 +70,8 @@ class Backward {
         delta -= dlse[statistic];
         if (lse[statistic] != -kInf) scaled_lse = lse[statistic] * static_cast<R>(kLog2E);
       }
-      const int64_t to = view_.statistic_index(row, padded_tokens_);
-      static_cast<R*>(p_.delta)[to] = delta;
-      static_cast<R*>(p_.scaled_lse)[to] = scaled_lse;
+      row_stat(row, kDelta) = delta;
+      row_stat(row, kScaledLse) = scaled_lse;
     }
   }
 
@@ -147,6 +146,9 @@ class Backward {
   }
 
  private:
+  R& row_stat(int64_t row, RowStat stat) const {
+    return static_cast<R*>(p_.row_stats)[view_.row_stat_index(row, stat, padded_tokens_)];
+  }
   int padded_head() const { return static_cast<int>(round_up(p_.shape.head_dim, kN)); }
   int padded_value() const { return static_cast<int>(round_up(p_.shape.value_dim, kN)); }
   int head_units() const { return p_.shape.head_dim / kDepth<Unit>; }
@@ -188,9 +190,8 @@ class Backward {
                s_.q + i * kHeadPitch<Unit>);
       load_row(p_.dout, real, view_.row_index(row, p_.shape.value_dim), p_.shape.value_dim,
                s_.dout + i * kHeadPitch<Unit>);
-      const int64_t statistic = view_.statistic_index(row, padded_tokens_);
-      s_.lse[i] = real ? static_cast<const R*>(p_.scaled_lse)[statistic] : kInf;
-      s_.delta[i] = real ? static_cast<const R*>(p_.delta)[statistic] : R(0);
+      s_.lse[i] = real ? row_stat(row, kScaledLse) : kInf;
+      s_.delta[i] = real ? row_stat(row, kDelta) : R(0);
     }
     return padded;
   }

@@ -47,6 +47,11 @@ class HeadView {
   int64_t statistic_index(int64_t row, int64_t tokens) const {
     return (head_.b * shape_.query_heads + query_head(row)) * tokens + token(row);
   }
+  // Index of the row in an array [B, N, kRowStats, tokens].
+  int64_t row_stat_index(int64_t row, RowStat stat, int64_t tokens) const {
+    const int64_t head = head_.b * shape_.query_heads + query_head(row);
+    return (head * kRowStats + stat) * tokens + token(row);
+  }
 
  private:
   int query_head(int64_t row) const { return head_.k * group_ + static_cast<int>(row % group_); }

@@ -72,9 +72,6 @@ JF2_DEVICE uint4 lds_128(uint32_t shared) {
 JF2_DEVICE void sts_32(uint32_t shared, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
 }
-JF2_DEVICE void sts_16(uint32_t shared, uint16_t x) {
-  asm volatile("st.shared.u16 [%0], %1;\n" ::"r"(shared), "h"(x) : "memory");
-}
 JF2_DEVICE void sts_f32x2(uint32_t shared, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared), "f"(x), "f"(y) : "memory");
 }

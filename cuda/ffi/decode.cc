@@ -294,8 +294,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   problem.dq = b.dq.untyped_data();
   problem.dk = b.dk.untyped_data();
   problem.dv = b.dv.untyped_data();
-  problem.delta = b.delta.untyped_data();
-  problem.scaled_lse = b.scaled_lse.untyped_data();
+  problem.row_stats = b.row_stats.untyped_data();
   problem.next_block = static_cast<int32_t*>(b.next_block.untyped_data());
   if (Status s = decode(spec, problem); !s.ok()) return s;
   if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
@@ -333,8 +332,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"dq", b.dq, data, {T, N, H}},
                     {"dk", b.dk, data, {S, K, H}},
                     {"dv", b.dv, data, {S, K, Hv}},
-                    {"delta", b.delta, stats, {N, Tp}},
-                    {"scaled_lse", b.scaled_lse, stats, {N, Tp}},
+                    {"row_stats", b.row_stats, stats, {N, kRowStats, Tp}},
                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
                     {"semaphores", b.semaphores, DataType::S32, {N, turns}},
                     {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}},

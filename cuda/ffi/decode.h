@@ -22,8 +22,8 @@ struct ForwardBuffers {
 };
 
 struct BackwardBuffers {
-  AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, delta, scaled_lse, dq_accum, semaphores,
-      dkv_partial, next_block;
+  AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, row_stats, dq_accum, semaphores, dkv_partial,
+      next_block;
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
 

@@ -74,7 +74,7 @@ class Handlers {
 
   static Error run_backward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
                             AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, Bounds bounds, Output dq,
-                            Output dk, Output dv, Output delta, Output scaled_lse, Output dq_accum,
+                            Output dk, Output dv, Output row_stats, Output dq_accum,
                             Output semaphores, Output dkv_partial, Output next_block,
                             AttentionSpec spec) {
     const BackwardBuffers buffers = {.q = q,
@@ -87,8 +87,7 @@ class Handlers {
                                      .dq = *dq,
                                      .dk = *dk,
                                      .dv = *dv,
-                                     .delta = *delta,
-                                     .scaled_lse = *scaled_lse,
+                                     .row_stats = *row_stats,
                                      .dq_accum = *dq_accum,
                                      .semaphores = *semaphores,
                                      .dkv_partial = *dkv_partial,
@@ -142,7 +141,7 @@ class Handlers {
   }
 
   static XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = operands_and_results<7, 9>()
+    static auto* const handler = operands_and_results<7, 8>()
                                      .template Attr<AttentionSpec>("spec")
                                      .To(run_backward, Backend::kTraits)
                                      .release();

@@ -48,17 +48,14 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
         {o.data, problem.dtype, s.batch, o.rows, o.heads, o.cols, o.box_rows}, o.map);
     if (!e.ok()) return e;
   }
-  const float scale_log2 = static_cast<float>(problem.scale * M_LOG2E);
   const sm90::BackwardParams params = {
       .shape = s,
       .band = problem.band,
       .scale = static_cast<float>(problem.scale),
-      .scale_log2 = scale_log2,
-      .inverse_scale_log2 = 1.f / scale_log2,
+      .scale_log2 = static_cast<float>(problem.scale * M_LOG2E),
       .order = block_order(problem, kTiles.block_k()),
       .group_splits = problem.group_splits,
-      .delta = static_cast<const float*>(problem.delta),
-      .scaled_lse = static_cast<const float*>(problem.scaled_lse),
+      .row_terms = static_cast<const char*>(problem.row_stats),
       .dq_accum = static_cast<float*>(problem.dq_accum),
       .semaphores = problem.semaphores,
       .dkv_partial = problem.dkv_partial,

@@ -33,11 +33,16 @@ __global__ void __launch_bounds__(kPostprocessWarps * 32)
   const float* const sums = dq_lane(
       static_cast<float*>(problem.dq_accum) + padded_row * round_up(shape.head_dim, kHeadDimTile),
       lane);
-  // A row that sees nothing has no gradient, even where its tile saw an infinite key.
-  const float* const lse = static_cast<const float*>(problem.scaled_lse) + padded_row;
-  const bool sees[2] = {lse[lane / 4] != INFINITY, lse[lane / 4 + 8] != INFINITY};
-
   const int64_t sequence = flat_head / shape.query_heads;
+  // A row that sees nothing has no gradient, even where its tile saw an infinite key.
+  const Band band = problem.band.at(sequence, shape.query_len, shape.kv_len);
+  bool sees[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = row + lane / 4 + half * 8;
+    sees[half] = i < band.query_length && band.lo(i) < band.hi(i);
+  }
+
   const int head = int(flat_head % shape.query_heads);
   const int64_t stride = int64_t(shape.query_heads) * shape.head_dim;
   Element* const dq = static_cast<Element*>(problem.dq) + sequence * shape.query_len * stride +

@@ -3,12 +3,14 @@
 //
 // One thread block owns kTokenTile rows of one head, padding included; eight threads share a row.
 //   1  D = rowsum(dO * O) - dLSE; 0 where the row sees nothing or is padding
-//   2  scaled LSE = LSE * log2(e); +inf there, so that exp2(S - LSE) is 0 whatever S is
+//   2  scaled LSE = LSE * log2(e); +inf there, so that exp2(S - LSE) is 0 whatever S is. Or, for the
+//      sm_90a kernels, D and LSE / scale as terms (device/row_terms.cuh).
 //   3  zeros into the sums of dQ and the semaphores of these rows, and into the queue
 #pragma once
 
 #include "core/problem.h"
 #include "device/ptx_sm80.cuh"
+#include "device/row_terms.cuh"
 
 namespace jax_flash2 {
 
@@ -27,7 +29,7 @@ JF2_DEVICE float dot_chunk(uint4 a, uint4 b) {
   return sum;
 }
 
-template <typename Element>
+template <typename Element, bool kTerms>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(const __grid_constant__ BackwardProblem problem) {
   constexpr int kRowThreads = 8, kRowsAtOnce = kPreprocessThreads / kRowThreads;
@@ -83,9 +85,17 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       dlse = static_cast<const float*>(problem.dlse)[flat_head * int64_t(shape.query_len) + i];
     }
     const bool counts = lse != -INFINITY;
-    const int64_t at = flat_head * padded_len + i;
-    static_cast<float*>(problem.delta)[at] = counts ? sum[r] - dlse : 0.f;
-    static_cast<float*>(problem.scaled_lse)[at] = counts ? lse * kLog2e : INFINITY;
+    const float delta = counts ? sum[r] - dlse : 0.f;
+    float* const stats =
+        static_cast<float*>(problem.row_stats) + flat_head * kRowStats * padded_len;
+    if constexpr (kTerms) {
+      char* const tile = reinterpret_cast<char*>(stats) + i / kTermTile * 2 * kTermBytes;
+      store_terms(tile, i % kTermTile, counts ? -lse / float(problem.scale) : kHiddenTerm);
+      store_terms(tile + kTermBytes, i % kTermTile, -delta);
+    } else {
+      stats[kDelta * padded_len + i] = delta;
+      stats[kScaledLse * padded_len + i] = counts ? lse * kLog2e : INFINITY;
+    }
   }
 
   // 3

@@ -213,10 +213,10 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
   const int heads = shape.group() / problem.group_splits;
   const int first_head = work.head * heads, kv_head = work.head / problem.group_splits;
   const int end_head = seeing_rows().empty() ? first_head : first_head + heads;
+  const auto padded_len = [&] { return int(round_up(ptx::opaque(shape.query_len), kTokenTile)); };
   // Row `row` of a head in the workspaces, [B, N, Tp].
   const auto padded_row = [&](int sequence, int head, int row) {
-    const int padded_len = int(round_up(ptx::opaque(shape.query_len), kTokenTile));
-    return (int64_t(sequence) * shape.query_heads + head) * padded_len + row;
+    return (int64_t(sequence) * shape.query_heads + head) * padded_len() + row;
   };
 
   const auto load_step = [&](int stage, int head, int tile) {
@@ -235,10 +235,12 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
     constexpr int kChunks = kBlockQ / 4;  // of 16 bytes
     static_assert(2 * kChunks <= kThreads, "a thread copies at most one chunk of LSE or D");
     if (thread < 2 * kChunks) {
-      const int64_t offset = padded_row(sequence, head, row + thread % kChunks * 4);
-      const void* source = thread < kChunks ? problem.scaled_lse : problem.delta;
-      ptx::cp_async_16(shared.lse(stage) + thread * 16, static_cast<const float*>(source) + offset,
-                       16);
+      const int64_t flat_head = int64_t(sequence) * shape.query_heads + head;
+      const int stat = thread < kChunks ? kScaledLse : kDelta;
+      const int64_t offset =
+          (flat_head * kRowStats + stat) * padded_len() + row + thread % kChunks * 4;
+      ptx::cp_async_16(shared.lse(stage) + thread * 16,
+                       static_cast<const float*>(problem.row_stats) + offset, 16);
     }
     ptx::cp_async_commit();
   };

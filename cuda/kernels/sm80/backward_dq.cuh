@@ -98,13 +98,15 @@ __global__ void __launch_bounds__(Config::kTile.warps * 32, Config::kTile.blocks
 
   // Workspaces are padded to whole tiles: every row may be read.
   float lse[kM / 8], delta[kM / 8];
-  const int64_t first_row = (int64_t(work.sequence) * shape.query_heads + work.head) *
-                                round_up(shape.query_len, kTokenTile) +
-                            row0 + warp_row + (lane >> 2);
+  const int64_t padded_len = round_up(shape.query_len, kTokenTile);
+  const float* const stats =
+      static_cast<const float*>(problem.row_stats) +
+      (int64_t(work.sequence) * shape.query_heads + work.head) * kRowStats * padded_len + row0 +
+      warp_row + (lane >> 2);
 #pragma unroll
   for (int r = 0; r < kM / 8; ++r) {
-    lse[r] = static_cast<const float*>(problem.scaled_lse)[first_row + r * 8];
-    delta[r] = static_cast<const float*>(problem.delta)[first_row + r * 8];
+    lse[r] = stats[kScaledLse * padded_len + r * 8];
+    delta[r] = stats[kDelta * padded_len + r * 8];
   }
 
   const OperandA<Math, QTile, Major::kKMajor> q(shared.q(), warp_row, 0, lane);

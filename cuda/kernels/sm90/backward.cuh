@@ -44,10 +44,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     for (int i = 0; i < KeyBlock::kSlots; ++i) {
       ptx::mbarrier_init(smem.k_full(i), 1);
       ptx::mbarrier_init(smem.v_full(i), 1);
-      ptx::mbarrier_init(smem.block_empty(i), kWarps);
+      ptx::mbarrier_init(smem.block_empty(i), kWarps + kWarpgroup);
     }
     for (int i = 0; i < kTiles.stages; ++i) {
-      ptx::mbarrier_init(smem.step_full(i), 1 + kWarpgroup);
+      ptx::mbarrier_init(smem.step_full(i), 1);
       ptx::mbarrier_init(smem.step_empty(i), kWarps);
     }
     for (int i = 0; i < Smem::kDsBuffers; ++i) {

@@ -23,98 +23,131 @@ struct StepCursor {
   }
 };
 
-template <BackwardTiles kTiles, typename Math>
-struct DqWarp {
+template <BackwardTiles kTiles>
+JF2_DEVICE int64_t padded_row(const BackwardParams& p, const KeyBlock& block,
+                              const StepCursor& step) {
+  const int64_t head = int64_t(block.batch) * p.shape.query_heads + block.first_head + step.head;
+  // Opaque: what can be had again from constants shall hold no registers from step to step.
+  return head * int(round_up(ptx::opaque(p.shape.query_len), kTokenTile)) +
+         (block.first_tile + step.tile) * kTiles.block_q;
+}
+
+// What the first warp loads for all: key blocks, and steps as far ahead as there are stages, into the
+// next block too. Lane 0 does the work.
+template <BackwardTiles kTiles>
+struct BackwardLoader {
   using Smem = BackwardSmem<kTiles>;
-  using Element = typename Math::Element;
-  using DqMma = ptx::Wgmma<kTiles.dq_cols, Element>;
 
   const BackwardParams& p;
   const Smem smem;
   const CUtensorMap *q_map, *k_map, *v_map, *dout_map;
+  RingPlace<KeyBlock::kSlots> record = {};  // of the block to open next
+  RingPlace<kTiles.stages> stage = {};      // of the step to load next
+  StepCursor next = {};                     // the step to load next
+  int waiting = 0;                          // steps loaded, less those whose dQ is done
 
-  // Read again wherever it is needed: held, it would cost one of few registers.
-  static JF2_DEVICE int thread() { return ptx::thread_index(); }
+  static JF2_DEVICE bool leads() { return (ptx::thread_index() & 31) == 0; }
 
-  JF2_DEVICE int padded_len() const { return int(round_up(p.shape.query_len, kTokenTile)); }
-  JF2_DEVICE int64_t padded_row(const KeyBlock& block, int head, int tile) const {
-    return (int64_t(block.batch) * p.shape.query_heads + block.first_head + head) * padded_len() +
-           (block.first_tile + tile) * kTiles.block_q;
+  // Opens the block with this index in the queue, and asks for the one after it, early, so that the
+  // round trip is over when that is opened.
+  JF2_DEVICE void open(int index) {
+    ptx::mbarrier_wait(smem.block_empty(record.slot()), record.parity() ^ 1);
+    if (leads()) {
+      KeyBlock& block = smem.blocks[record.slot()];
+      fill_block<kTiles>(block, p, index);
+      block.next = block.live ? atomicAdd(p.next_block, 1) + int(gridDim.x) : index;
+    }
+    __syncwarp();  // the record is there for this warp; the others wait for K
+    next.start(smem.blocks, record.slot());
+    record.advance();
   }
-
   static JF2_DEVICE void load(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
                               uint32_t full, int head, int row, int batch) {
     for (int panel = 0; panel < panels; ++panel)
       ptx::tma_load_4d(shared + panel * panel_bytes, map, full, panel * kPanelCols, head, row,
                        batch);
   }
-
-  // Thread 0: K and V of a block, whose buffers nobody reads any more.
-  JF2_DEVICE void load_kv(int slot) const {
-    const KeyBlock& block = smem.blocks[slot];
+  // K and V of the block that was opened last: nobody reads their buffers any more.
+  JF2_DEVICE void load_kv() const {
     using KV = typename Smem::KV;
+    if (!leads()) return;
+    const int slot = record.slot() ^ 1;
+    const uint32_t k_full = smem.k_full(slot), v_full = smem.v_full(slot);
+    const KeyBlock& block = smem.blocks[slot];
     if (!block.live || block.tiles == 0) {
-      ptx::mbarrier_arrive(smem.k_full(slot));
-      ptx::mbarrier_arrive(smem.v_full(slot));
+      ptx::mbarrier_arrive(k_full);
+      ptx::mbarrier_arrive(v_full);
       return;
     }
     const int key = block.key_block * kTiles.block_k();
-    ptx::mbarrier_arrive_expect_tx(smem.k_full(slot), KV::kBytes);
-    load(smem.k().base, KV::kPanelBytes, KV::kPanels, k_map, smem.k_full(slot), block.kv_head, key,
+    ptx::mbarrier_arrive_expect_tx(k_full, KV::kBytes);
+    load(smem.k().base, KV::kPanelBytes, KV::kPanels, k_map, k_full, block.kv_head, key,
          block.batch);
-    ptx::mbarrier_arrive_expect_tx(smem.v_full(slot), KV::kBytes);
-    load(smem.v().base, KV::kPanelBytes, KV::kPanels, v_map, smem.v_full(slot), block.kv_head, key,
+    ptx::mbarrier_arrive_expect_tx(v_full, KV::kBytes);
+    load(smem.v().base, KV::kPanelBytes, KV::kPanels, v_map, v_full, block.kv_head, key,
          block.batch);
   }
-
-  // Thread 0: Q and dO of a step.
-  JF2_DEVICE void load_step(const StepCursor& cursor, int stage) const {
+  // Q, dO, LSE and D of the next step, into a stage that is empty.
+  JF2_DEVICE void load_step() {
     using Q = typename Smem::Q;
-    const KeyBlock& block = smem.blocks[cursor.slot];
-    const int head = block.first_head + cursor.head;
-    const int row = (block.first_tile + cursor.tile) * kTiles.block_q;
-    const uint32_t full = smem.step_full(stage);
-    ptx::mbarrier_arrive_expect_tx(full, 2 * Q::kBytes);
-    load(smem.q(stage).base, Q::kPanelBytes, Q::kPanels, q_map, full, head, row, block.batch);
-    load(smem.dout(stage).base, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row, block.batch);
-  }
-  // A thread's number of a step, one of LSE and D.
-  JF2_DEVICE float load_number(const StepCursor& cursor) const {
-    static_assert(2 * kTiles.block_q == 128, "a thread carries one number");
-    const float* const from = thread() < kTiles.block_q ? p.scaled_lse : p.delta;
-    return from[padded_row(smem.blocks[cursor.slot], cursor.head, cursor.tile) +
-                thread() % kTiles.block_q];
-  }
-  // That number into shared memory, negated, as the sum of three terms of 8 significant bits:
-  // products with ones add them to S and dP. LSE in units of S; S of a row that sees nothing becomes
-  // so small that its P is 0.
-  JF2_DEVICE void store_terms(float x, int stage) const {
-    const bool is_lse = thread() < kTiles.block_q;
-    if (is_lse) x = x == INFINITY ? kHiddenLse : x * p.inverse_scale_log2;
-    const typename Smem::Terms terms = is_lse ? smem.lse(stage) : smem.delta(stage);
-    float rest = -x;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const __nv_bfloat16 term = __float2bfloat16_rn(rest);
-      rest -= __bfloat162float(term);
-      ptx::sts_16(terms.address(i, thread() % kTiles.block_q), __bfloat16_as_ushort(term));
+    static_assert(kTiles.block_q == kTermTile, "a step takes one tile of terms");
+    ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
+    if (leads()) {
+      const KeyBlock& block = smem.blocks[next.slot];
+      const int head = block.first_head + next.head;
+      const int row = (block.first_tile + next.tile) * kTiles.block_q;
+      const uint32_t full = smem.step_full(stage.slot());
+      const char* const terms =
+          p.row_terms + padded_row<kTiles>(p, block, next) / kTermTile * 2 * kTermBytes;
+      ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermBytes));
+      load(smem.q(stage.slot()).base, Q::kPanelBytes, Q::kPanels, q_map, full, head, row,
+           block.batch);
+      ptx::bulk_load(smem.lse(stage.slot()).base, terms, kTermBytes, full);
+      load(smem.dout(stage.slot()).base, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row,
+           block.batch);
+      ptx::bulk_load(smem.delta(stage.slot()).base, terms + kTermBytes, kTermBytes, full);
     }
-    ptx::fence_proxy_async();
-    __syncwarp();
-    if (thread() % 32 == 0) ptx::mbarrier_arrive(smem.step_full(stage));
+    stage.advance();
+    next.advance();
+    ++waiting;
   }
-  static constexpr float kHiddenLse = 8e37f;
+  JF2_DEVICE void open_after(int slot) { open(smem.blocks[slot].next); }
+  // Is the block that follows the one in `slot` open?
+  JF2_DEVICE bool is_open_after(int slot) const { return next.slot != slot; }
+  // While the block in `slot` is in hand: fills the stages.
+  JF2_DEVICE void load_ahead(int slot) {
+#pragma unroll 1
+    while (waiting < kTiles.stages) {
+      if (next.left > 0) {
+        load_step();
+      } else if (!is_open_after(slot)) {
+        open_after(slot);
+      } else {
+        break;
+      }
+    }
+  }
+};
+
+template <BackwardTiles kTiles, typename Math>
+struct DqWarp {
+  using Smem = BackwardSmem<kTiles>;
+  using DqMma = ptx::Wgmma<kTiles.dq_cols, typename Math::Element>;
+
+  const BackwardParams& p;
+  const Smem smem;
 
   // Adds dS K of a step to dQ. `wait` comes before the first addition, `release` after the last
   // product.
   template <typename Wait, typename Release>
   JF2_DEVICE void add_step(const KeyBlock& block, const StepCursor& now, int buffer,
                            const Wait& wait, const Release& release) const {
-    const int lane = thread() % 32, warp = thread() / 32;
-    const int padded_dim = int(round_up(p.shape.head_dim, kHeadDimTile));
+    const int thread = ptx::thread_index(), warp = thread / 32;
+    const int padded_dim = int(round_up(ptx::opaque(p.shape.head_dim), kHeadDimTile));
     float* const sums = dq_lane(
-        p.dq_accum + (padded_row(block, now.head, now.tile) + warp * 16) * padded_dim, lane);
-    const uint32_t ds = smem.ds(buffer).outer_major(), k = smem.k().outer_major();
+        p.dq_accum + (padded_row<kTiles>(p, block, now) + warp * 16) * padded_dim, thread % 32);
+    const uint32_t ds = ptx::opaque(smem.ds(buffer).outer_major());
+    const uint32_t k = ptx::opaque(smem.k().outer_major());
     static_assert(kTiles.block_q == 64, "one product has 64 rows");
 #pragma unroll
     for (int col = 0; col < kTiles.head_dim; col += kTiles.dq_cols) {
@@ -147,94 +180,66 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
                                      const CUtensorMap* q_map, const CUtensorMap* k_map,
                                      const CUtensorMap* v_map, const CUtensorMap* dout_map) {
   using Smem = BackwardSmem<kTiles>;
-  const DqWarp<kTiles, Math> warp{p, smem, q_map, k_map, v_map, dout_map};
-  RingPlace<KeyBlock::kSlots> record;  // of the block to open next
-  RingPlace<kTiles.stages> stage;      // of the step to load next
+  const DqWarp<kTiles, Math> work{p, smem};
+  BackwardLoader<kTiles> loader{p, smem, q_map, k_map, v_map, dout_map};
+  const bool loads = ptx::uniform(ptx::thread_index() / 32) == 0;
+  RingPlace<KeyBlock::kSlots> record;  // of the block in hand
   RingPlace<Smem::kDsBuffers> ds;      // of the step whose dQ comes next
-  int index = blockIdx.x;              // in the queue, of the block to open next
-  int slot = 0;                        // of the block in hand
-  int waiting = 0;                     // steps loaded, less those whose dQ is done
-  StepCursor next;                     // the step to load next
-  float number = 0.f;                  // of that step
-
-  auto find_number = [&]() __attribute__((always_inline)) {
-    if (next.left > 0) number = warp.load_number(next);
+  auto arrive = [](uint32_t barrier) __attribute__((always_inline)) {
+    if (BackwardLoader<kTiles>::leads()) ptx::mbarrier_arrive(barrier);
   };
-  // Takes the next block from the queue. Its index was asked for when the one before was taken.
-  auto open = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.block_empty(record.slot), record.parity ^ 1);
-    ptx::barrier_sync(kFirstWarpgroup, 128);  // nobody reads the record that was there
-    if (warp.thread() == 0) {
-      fill_block<kTiles>(smem.blocks[record.slot], p, index);
-      if (index < p.order.blocks()) index = atomicAdd(p.next_block, 1) + gridDim.x;
-    }
-    ptx::barrier_sync(kFirstWarpgroup, 128);  // the record is there
-    next.start(smem.blocks, record.slot);
-    find_number();
-    record.advance();
-  };
+  auto first_thread = []() __attribute__((always_inline)) { return ptx::thread_index() == 0; };
 
-  open();
-  if (warp.thread() == 0) warp.load_kv(0);
+  if (loads) {
+    loader.open(blockIdx.x);
+    loader.load_kv();
+  }
 #pragma unroll 1
-  while (smem.blocks[slot].live) {
-    const KeyBlock& block = smem.blocks[slot];
-    bool opened = false;  // the next block
+  while (true) {
+    ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
+    const KeyBlock& block = smem.blocks[record.slot()];
+    if (!block.live) break;
     StepCursor now;
-    now.start(smem.blocks, slot);
+    now.start(smem.blocks, record.slot());
 #pragma unroll 1
     for (; now.left > 0; now.advance()) {
-      // As many steps ahead as there are stages, into the next block too.
-#pragma unroll 1
-      while (waiting < kTiles.stages) {
-        if (next.left == 0) {
-          if (opened) break;
-          open();
-          opened = true;
-          if (next.left == 0) break;
-        }
-        ptx::mbarrier_wait(smem.step_empty(stage.slot), stage.parity ^ 1);
-        if (warp.thread() == 0) warp.load_step(next, stage.slot);
-        warp.store_terms(number, stage.slot);
-        stage.advance();
-        next.advance();
-        find_number();
-        ++waiting;
-      }
-      ptx::mbarrier_wait(smem.ds_full(ds.slot), ds.parity);
-      auto release = [&]() __attribute__((always_inline)) {
-        if (warp.thread() % 32 == 0) ptx::mbarrier_arrive(smem.ds_empty(ds.slot));
+      if (loads) loader.load_ahead(record.slot());
+      ptx::mbarrier_wait(smem.ds_full(ds.slot()), ds.parity());
+      auto turn = [&]() __attribute__((always_inline)) {
+        return p.semaphores + padded_row<kTiles>(p, block, now) / kSemaphoreRows;
       };
-      int* turn = nullptr;
-      if (p.semaphores != nullptr)
-        turn = p.semaphores + warp.padded_row(block, now.head, now.tile) / kSemaphoreRows;
       auto wait_turn = [&]() __attribute__((always_inline)) {
-        if (turn == nullptr) return;
-        // The key blocks before this one that see the rows.
-        const int row = (block.first_tile + now.tile) * kTiles.block_q;
-        const Range keys = block.band.keys_of({row, row + kTiles.block_q});
-        const int before = block.key_block - keys.begin / kTiles.block_k();
-        if (warp.thread() == 0) {
-          while (ptx::ld_acquire(turn) != before) {
+        if (p.semaphores == nullptr) return;
+        if (first_thread()) {
+          // The key blocks before this one that see the rows.
+          const int row = (block.first_tile + now.tile) * kTiles.block_q;
+          const Range keys = block.band.keys_of({row, row + kTiles.block_q});
+          const int before = block.key_block - keys.begin / kTiles.block_k();
+          while (ptx::ld_acquire(turn()) != before) {
           }
         }
         ptx::barrier_sync(kFirstWarpgroup, 128);  // the sums of the blocks before are visible
       };
-      warp.add_step(block, now, ds.slot, wait_turn, release);
-      if (turn != nullptr) {
+      work.add_step(block, now, ds.slot(), wait_turn,
+                    [&]() __attribute__((always_inline)) { arrive(smem.ds_empty(ds.slot())); });
+      if (p.semaphores != nullptr) {
         ptx::barrier_sync(kFirstWarpgroup, 128);  // every thread has added
-        if (warp.thread() == 0) {
+        if (first_thread()) {
           __threadfence();
-          ptx::red_release_add(turn, 1);
+          ptx::red_release_add(turn(), 1);
         }
       }
       ds.advance();
-      --waiting;
+      --loader.waiting;
     }
-    if (!opened) open();
-    slot ^= 1;
     // K and V are free: consumers multiplied their last dS with them, and this warpgroup its dQ.
-    if (warp.thread() == 0) warp.load_kv(slot);
+    ptx::barrier_sync(kFirstWarpgroup, 128);
+    arrive(smem.block_empty(record.slot()));
+    if (loads) {
+      if (!loader.is_open_after(record.slot())) loader.open_after(record.slot());
+      loader.load_kv();
+    }
+    record.advance();
   }
 }
 

@@ -17,10 +17,11 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
   RingPlace<kTiles.stages> stage;  // of the step whose S or P is in hand
   RingPlace<Smem::kDsBuffers> ds;
 
+  if (c.warpgroup() == 1) c.pass_turn();  // the first turn is the first's
 #pragma unroll 1
   while (true) {
-    ptx::mbarrier_wait(smem.k_full(record.slot), record.parity);
-    const KeyBlock& block = smem.blocks[record.slot];
+    ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
+    const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
     const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
@@ -31,10 +32,11 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
 
     auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
     auto issue_s = [&]() __attribute__((always_inline)) {
-      ptx::mbarrier_wait(smem.step_full(stage.slot), stage.parity);
-      c.clear_padding(block, row(), stage.slot);
+      ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
+      c.clear_padding(block, row(), stage.slot());
       cut = c.is_cut(block, row());
-      c.issue_scores(smem.k(), smem.q(stage.slot), smem.lse(stage.slot));
+      c.take_turn();
+      c.issue_scores(smem.k(), smem.q(stage.slot()), smem.lse(stage.slot()));
     };
     auto take_s = [&]() __attribute__((always_inline)) {
       c.pin(c.x);
@@ -45,26 +47,31 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
     // One step, whose P is packed; S and P of the next along with it unless this is the last.
     // Nothing is in flight before or after.
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
-      const int now = stage.slot;
+      const int now = stage.slot();
+      c.take_turn();
       c.issue_scores(smem.v(), smem.dout(now), smem.delta(now));
       c.issue_gradient(dv, c.packed_p, smem.dout(now));
+      c.pass_turn();
       ptx::wgmma_wait<0>();
       c.pin(c.x);
       c.pin(dv);
       c.score_gradients();
       if (cut) c.hide(block, row());
       c.pack(c.packed_ds);
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot), ds.parity ^ 1);
-      c.store(smem.ds(ds.slot), c.packed_ds);
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      c.store(smem.ds(ds.slot()), c.packed_ds);
       ptx::fence_proxy_async();
-      c.arrive(smem.ds_full(ds.slot));
+      c.arrive(smem.ds_full(ds.slot()));
       ds.advance();
       stage.advance();
       if constexpr (!kLast) {
         tile = tile == 0 ? tiles - 1 : tile - 1;
         issue_s();
+      } else {
+        c.take_turn();
       }
       c.issue_gradient(dk, c.packed_ds, smem.q(now));
+      c.pass_turn();
       if constexpr (!kLast) {
         ptx::wgmma_wait<1>();
         take_s();
@@ -75,9 +82,10 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
     };
 
     if (steps > 0) {
-      ptx::mbarrier_wait(smem.v_full(record.slot), record.parity);
+      ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       c.clear_padding(block);
       issue_s();
+      c.pass_turn();
       ptx::wgmma_wait<0>();
       take_s();
 #pragma unroll 1
@@ -88,7 +96,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
     RingPlace<Smem::kDsBuffers> last = ds;
 #pragma unroll
     for (int i = 0; i < Smem::kDsBuffers; ++i) {
-      ptx::mbarrier_wait(smem.ds_empty(last.slot), last.parity ^ 1);
+      ptx::mbarrier_wait(smem.ds_empty(last.slot()), last.parity() ^ 1);
       last.advance();
     }
     int used = 0;
@@ -97,7 +105,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
     c.store_gradient(block, dk, {dk_map, p.scale, p.shape.head_dim, 0}, smem.ds(0),
                      Smem::kDsBuffers, used);
     if (c.lane() == 0) ptx::bulk_wait_read<0>();  // dS may be written again
-    c.arrive(smem.block_empty(record.slot));
+    c.arrive(smem.block_empty(record.slot()));
     record.advance();
   }
   if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads

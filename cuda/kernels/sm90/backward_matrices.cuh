@@ -19,10 +19,11 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
   RingPlace<Smem::kDsBuffers> ds;
   RingPlace<1> shared_p;
 
+  if (!kHasP) c.pass_turn();  // the first turn is the other's
 #pragma unroll 1
   while (true) {
-    ptx::mbarrier_wait(smem.k_full(record.slot), record.parity);
-    const KeyBlock& block = smem.blocks[record.slot];
+    ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
+    const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
     const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
@@ -32,12 +33,13 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
     // S or dP of the step of `tile`.
     auto issue = [&]() __attribute__((always_inline)) {
-      ptx::mbarrier_wait(smem.step_full(stage.slot), stage.parity);
-      c.clear_padding(block, row(), stage.slot);
+      ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
+      c.clear_padding(block, row(), stage.slot());
+      c.take_turn();
       if constexpr (kHasP) {
-        c.issue_scores(smem.k(), smem.q(stage.slot), smem.lse(stage.slot));
+        c.issue_scores(smem.k(), smem.q(stage.slot()), smem.lse(stage.slot()));
       } else {
-        c.issue_scores(smem.v(), smem.dout(stage.slot), smem.delta(stage.slot));
+        c.issue_scores(smem.v(), smem.dout(stage.slot()), smem.delta(stage.slot()));
       }
     };
     // It has arrived: P or dS, in float32.
@@ -46,7 +48,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       if constexpr (kHasP) {
         c.exponentiate();
       } else {
-        ptx::mbarrier_wait(smem.p_full(), shared_p.parity);
+        ptx::mbarrier_wait(smem.p_full(), shared_p.parity());
         c.load(smem.p(), c.packed_p);
         c.arrive(smem.p_empty());
         shared_p.advance();
@@ -58,16 +60,16 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     auto give = [&]() __attribute__((always_inline)) {
       if constexpr (kHasP) {
         c.pack(c.packed_p);
-        ptx::mbarrier_wait(smem.p_empty(), shared_p.parity ^ 1);
+        ptx::mbarrier_wait(smem.p_empty(), shared_p.parity() ^ 1);
         c.store(smem.p(), c.packed_p);
         c.arrive(smem.p_full());
         shared_p.advance();
       } else {
         c.pack(c.packed_ds);
-        ptx::mbarrier_wait(smem.ds_empty(ds.slot), ds.parity ^ 1);
-        c.store(smem.ds(ds.slot), c.packed_ds);
+        ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+        c.store(smem.ds(ds.slot()), c.packed_ds);
         ptx::fence_proxy_async();
-        c.arrive(smem.ds_full(ds.slot));
+        c.arrive(smem.ds_full(ds.slot()));
         ds.advance();
       }
     };
@@ -85,32 +87,36 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     };
 
     if (steps > 0) {
-      ptx::mbarrier_wait(smem.v_full(record.slot), record.parity);
+      ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       c.clear_padding(block);
       issue();
+      c.pass_turn();
       ptx::wgmma_wait<0>();
       take();
       give();
 #pragma unroll 1
       for (int left = steps; left > 1; --left) {
-        const int now = stage.slot;
+        const int now = stage.slot();
         stage.advance();
         tile = tile == 0 ? tiles - 1 : tile - 1;
         issue();
         issue_gradient(now);
+        c.pass_turn();
         ptx::wgmma_wait<1>();
         take();
         end_step(now);
         give();
       }
-      issue_gradient(stage.slot);
-      end_step(stage.slot);
+      c.take_turn();
+      issue_gradient(stage.slot());
+      c.pass_turn();
+      end_step(stage.slot());
       stage.advance();
     }
     int used = 0;
     if constexpr (kHasP) {
       // Once the other warpgroup has read the last P, its tile may serve dV.
-      ptx::mbarrier_wait(smem.p_empty(), shared_p.parity ^ 1);
+      ptx::mbarrier_wait(smem.p_empty(), shared_p.parity() ^ 1);
       c.store_gradient(block, d, {map, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.p(), 1,
                        used);
     } else {
@@ -118,14 +124,14 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       RingPlace<Smem::kDsBuffers> last = ds;
 #pragma unroll
       for (int i = 0; i < Smem::kDsBuffers; ++i) {
-        ptx::mbarrier_wait(smem.ds_empty(last.slot), last.parity ^ 1);
+        ptx::mbarrier_wait(smem.ds_empty(last.slot()), last.parity() ^ 1);
         last.advance();
       }
       c.store_gradient(block, d, {map, p.scale, p.shape.head_dim, 0}, smem.ds(0), Smem::kDsBuffers,
                        used);
     }
     if (c.lane() == 0) ptx::bulk_wait_read<0>();  // P or dS may be written again
-    c.arrive(smem.block_empty(record.slot));
+    c.arrive(smem.block_empty(record.slot()));
     record.advance();
   }
   if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/problem.h"
+#include "device/row_terms.cuh"
 #include "device/smem_sm90.cuh"
 #include "kernels/sm90/tiles_backward.h"
 
@@ -28,22 +29,21 @@ struct BlockOrder {
 };
 
 inline constexpr int kBackwardThreads = 3 * 128;
-enum BackwardBarrier { kFirstWarpgroup = 1, kConsumers = 2 };  // named barriers
+// Named barriers; kProductTurn + the warpgroup whose turn it is.
+enum BackwardBarrier { kFirstWarpgroup = 1, kConsumers = 2, kProductTurn = 3 };
 
 struct BackwardParams {
   Shape shape;
   BandSpec band;
   float scale;
-  float scale_log2;          // scale * log2(e)
-  float inverse_scale_log2;  // 1 / scale_log2
+  float scale_log2;  // scale * log2(e)
   BlockOrder order;
   int group_splits;
-  const float* delta;       // [B, N, Tp]
-  const float* scaled_lse;  // [B, N, Tp]
-  float* dq_accum;          // [B, N, Tp, Hp]; null: dQ is somebody else's
-  int* semaphores;          // [B, N, Tp / kSemaphoreRows]; null unless deterministic
-  float* dkv_partial;       // [B, group_splits, S, K, H + Hv]; null where a block has a whole group
-  int* next_block;          // the queue: blocks handed out beyond the first of each thread block
+  const char* row_terms;  // [B, N, Tp / 64, 2, 3, 64] bfloat16 (device/row_terms.cuh)
+  float* dq_accum;        // [B, N, Tp, Hp]
+  int* semaphores;        // [B, N, Tp / kSemaphoreRows]; null unless deterministic
+  float* dkv_partial;     // [B, group_splits, S, K, H + Hv]; null where a block has a whole group
+  int* next_block;        // the queue: blocks handed out beyond the first of each thread block
 };
 
 // One key block and the query tiles that see it. The first warpgroup works it out and leaves it in
@@ -56,6 +56,7 @@ struct alignas(16) KeyBlock {
   Range keys;  // of the block, those that some query sees
   Range rows;  // of the sequence, those that see some key
   bool live;   // false: the queue is empty
+  int next;    // index in the queue of the block that follows
 
   static constexpr int kSlots = 2;
 };
@@ -124,7 +125,7 @@ struct BackwardSmem {
   JF2_DEVICE uint32_t k_full(int slot) const { return barrier(slot); }
   JF2_DEVICE uint32_t v_full(int slot) const { return barrier(KeyBlock::kSlots + slot); }
   JF2_DEVICE uint32_t block_empty(int slot) const { return barrier(2 * KeyBlock::kSlots + slot); }
-  // Q and dO of a step have arrived, and the terms of its LSE and D are written; all has been read.
+  // Q, dO, LSE and D of a step have arrived; they have been read.
   JF2_DEVICE uint32_t step_full(int stage) const { return barrier(kSteps + stage); }
   JF2_DEVICE uint32_t step_empty(int stage) const {
     return barrier(kSteps + kTiles.stages + stage);
@@ -142,15 +143,15 @@ struct BackwardSmem {
   JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
 };
 
-// A place in a ring of kSize slots, and the parity of its current phase, which flips each time round.
+// A place in a ring of kSize slots: the slot, and the parity of its current phase, which flips each
+// time round.
 template <int kSize>
 struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
+  int count = 0;  // modulo two rounds
 
-  JF2_DEVICE void advance() {
-    if (++slot == kSize) slot = 0, parity ^= 1;
-  }
+  JF2_DEVICE int slot() const { return count < kSize ? count : count - kSize; }
+  JF2_DEVICE uint32_t parity() const { return count < kSize ? 0 : 1; }
+  JF2_DEVICE void advance() { count = count + 1 == 2 * kSize ? 0 : count + 1; }
 };
 
 }  // namespace jax_flash2::sm90
