@@ -33,7 +33,8 @@ PYTHON_FLOORS = [
     ["_partition"],
     ["_derivative", "_partition_decode"],
     ["_attention", "_decode"],
-    ["_which"],
+    ["_which", "_cache"],
+    ["_module"],
     ["nnx", "linen", "__init__"],
     ["__main__"],
 ]

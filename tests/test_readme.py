@@ -34,11 +34,13 @@ def run(script, cwd):
 
 
 def test_code_runs(tmp_path):
-    assert blocks("python")
-    for block in blocks("python"):
-        shapes = "print(out.shape, dq.shape, dk.shape, dv.shape)"
-        q, k = "(2, 4096, 8, 64)", "(2, 4096, 2, 64)"
-        assert run(block + shapes, tmp_path).strip() == f"{q} {q} {k} {k}"
+    plain, module = blocks("python")
+    shapes = "print(out.shape, dq.shape, dk.shape, dv.shape)"
+    q, k = "(2, 4096, 8, 64)", "(2, 4096, 2, 64)"
+    assert run(plain + shapes, tmp_path).strip() == f"{q} {q} {k} {k}"
+    shapes = "print(out.shape, prompt.shape, token.shape, layer.cache_index[...])"
+    whole, one = "(2, 128, 512)", "(2, 1, 512)"
+    assert run(module + shapes, tmp_path).strip() == f"{whole} {whole} {one} [129 129]"
 
 
 @pytest.mark.parametrize("title", ["Quickstart", "Tests"])
@@ -72,6 +74,10 @@ def test_versions_are_those_of_the_package():
     python = PYPROJECT["project"]["requires-python"].removeprefix(">=")
     jax = next(d for d in PYPROJECT["project"]["dependencies"] if d.startswith("jax>="))
     assert f"Python {python} or newer, jax {jax.removeprefix('jax>=')} or newer" in README
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    (flax,) = extras["flax"]
+    assert flax in extras["examples"]
+    assert f"flax {flax.removeprefix('flax>=')} or newer" in README
 
 
 def test_build_variables_exist():
