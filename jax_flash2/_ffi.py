@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
 
 try:
     from jax_flash2 import _cpu
@@ -169,7 +169,7 @@ def _call(target, results, operands, bounds, spec):
 
 
 def guard(operands, spec):
-    """The operands, with errors of our own where the call's lowering or derivative would fail."""
+    """The operands, with errors of our own where the call's lowering would fail."""
     return _guard.bind(*operands, caller=spec.caller, family=spec.family)
 
 
@@ -244,15 +244,8 @@ def _has_cuda_device():
         return False
 
 
-def _refuse_derivative(primals, tangents, *, caller, family):
-    raise NotImplementedError(
-        "jax_flash2.attention: there are no kernels for its second derivative. "
-        'implementation="xla" has derivatives of every order.'
-    )
-
-
 # An identity on a kernel's operands that leaves nothing behind in the program. Its lowering is the
-# first to know the platform, and only a derivative of a derivative asks for its own.
+# first to know the platform.
 _guard = Primitive("jax_flash2_guard")
 _guard.multiple_results = True
 _guard.def_impl(lambda *operands, **_: operands)
@@ -262,4 +255,3 @@ batching.primitive_batchers[_guard] = lambda operands, axes, **parameters: (
     _guard.bind(*operands, **parameters),
     axes,
 )
-ad.primitive_jvps[_guard] = _refuse_derivative
