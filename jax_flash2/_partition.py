@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_flash2 import _ffi
+from jax_flash2 import _checks, _ffi
 from jax_flash2._spec import UNBOUNDED
 
 
@@ -31,8 +31,17 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
 def in_auto_axes(call, query):
     """`call(query, ...) -> (out, lse [*B, T, N])`; over explicit mesh axes, as query lies."""
     sharding = jax.typeof(query).sharding
-    if not sharding.mesh.explicit_axes:
+    explicit = sharding.mesh.explicit_axes
+    if not explicit:
         return call
+    if sharding.mesh.manual_axes:  # JAX has no way from there to auto axes
+        raise _checks.wrong(
+            NotImplementedError,
+            "a mesh axis that the shard_map around the call leaves to the compiler",
+            "AxisType.Auto",
+            f"{', '.join(map(repr, explicit))} of AxisType.Explicit",
+            "Map it too (axis_names), or give the mesh axis_types=AxisType.Auto.",
+        )
     axes = (*sharding.spec, *[None] * (query.ndim - len(sharding.spec)))[:-1]
     out = NamedSharding(sharding.mesh, PartitionSpec(*axes, None))
     lse = NamedSharding(sharding.mesh, PartitionSpec(*axes))
