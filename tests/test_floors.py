@@ -31,10 +31,10 @@ PYTHON_FLOORS = [
     ["_cpu", "_cuda"],
     ["_ffi", "_checks", "_spec", "_reference"],
     ["_partition"],
-    ["_derivative", "_partition_decode"],
+    ["_derivative", "_partition_decode", "_sequence"],
     ["_attention", "_decode"],
-    ["_which", "_cache"],
-    ["_module"],
+    ["_which", "_cache", "_ring"],
+    ["_module", "_context"],
     ["nnx", "linen", "__init__"],
     ["__main__"],
 ]
