@@ -136,7 +136,8 @@ def main():
     gpt.save(args.out / "gpt.npz", model, config)
     entropy = unigram_entropy(held_out)
     plot(args.out / "gpt_loss.png", args.batch * args.length, losses, held_out_losses, entropy)
-    sample = gpt.generate(model, b"def ", args.length, args.seed)
+    prompt = b"def "
+    (sample,), _ = gpt.generate(model, [prompt], args.length - len(prompt), args.seed)
     loss = held_out_losses[-1][1]
     print(f"sample\n------\n{sample.decode(errors='replace')}\n------")
     print(f"steps            {len(losses)}, {speed:,.0f} tokens a second")

@@ -1,7 +1,7 @@
 """A small GPT over bytes, shared by the examples: the model, its text, sampling, saving.
 
-Flax nnx layers around `jax_flash2.attention`: pre-norm blocks, rotary positions, and grouped heads
-(several query heads share one key/value head).
+Flax nnx layers, with `jax_flash2.nnx.GroupedQueryAttention`: pre-norm blocks, rotary positions and
+grouped heads (several query heads share one key/value head).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jax_flash2
+from jax_flash2.nnx import GroupedQueryAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,47 +29,27 @@ class Config:
     dtype: str = "float32"  # of activations and products; parameters stay float32
 
 
-def rotary(x):
-    """Turns the channels of x [batch, token, head, dim] by angles that grow with the position."""
-    low, high = jnp.split(x, 2, axis=-1)
-    rates = 10_000.0 ** -jnp.linspace(0, 1, low.shape[-1], endpoint=False)
-    angles = (jnp.arange(x.shape[1])[:, None] * rates)[:, None, :]
-    sin, cos = jnp.sin(angles).astype(x.dtype), jnp.cos(angles).astype(x.dtype)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-class Attention(nnx.Module):
-    def __init__(self, c: Config, rngs: nnx.Rngs):
-        project = partial(nnx.LinearGeneral, c.width, use_bias=False, dtype=c.dtype, rngs=rngs)
-        self.query = project((c.heads, c.head_dim))
-        self.key = project((c.kv_heads, c.head_dim))
-        self.value = project((c.kv_heads, c.head_dim))
-        self.out = nnx.LinearGeneral(
-            (c.heads, c.head_dim),
-            c.width,
-            axis=(-2, -1),
-            use_bias=False,
-            kernel_init=nnx.initializers.zeros,  # a block starts as the identity: learns sooner
-            dtype=c.dtype,
-            rngs=rngs,
-        )
-
-    def __call__(self, x):
-        query, key = rotary(self.query(x)), rotary(self.key(x))
-        return self.out(jax_flash2.attention(query, key, self.value(x), is_causal=True))
-
-
 class Block(nnx.Module):
     def __init__(self, c: Config, rngs: nnx.Rngs):
         linear = partial(nnx.Linear, use_bias=False, dtype=c.dtype, rngs=rngs)
         self.norm1 = nnx.RMSNorm(c.width, dtype=c.dtype, rngs=rngs)
-        self.attention = Attention(c, rngs)
+        self.attention = GroupedQueryAttention(
+            c.heads,
+            c.width,
+            num_kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            rope_theta=10_000.0,
+            use_bias=False,
+            out_kernel_init=nnx.initializers.zeros,  # a block starts as the identity: learns sooner
+            dtype=c.dtype,
+            rngs=rngs,
+        )
         self.norm2 = nnx.RMSNorm(c.width, dtype=c.dtype, rngs=rngs)
         self.up = linear(c.width, 4 * c.width)
         self.down = linear(4 * c.width, c.width, kernel_init=nnx.initializers.zeros)
 
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x))
+    def __call__(self, x, decode):
+        x = x + self.attention(self.norm1(x), is_causal=True, **decode)
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
 
@@ -81,12 +61,21 @@ class GPT(nnx.Module):
         self.norm = nnx.RMSNorm(c.width, dtype=c.dtype, rngs=rngs)
         self.logits = nnx.Linear(c.width, c.vocab, use_bias=False, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, tokens):
-        """tokens int [batch, length] -> logits float32 [batch, length, vocab]"""
+    def __call__(self, tokens, **decode):
+        """tokens int [batch, length] -> logits float32 [batch, length, vocab]
+
+        With decode=True the tokens follow those of the cache; query_seq_lengths int32 [batch] says
+        how many of them count.
+        """
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, decode)
         return self.logits(self.norm(x)).astype(jnp.float32)
+
+    def init_cache(self, batch, length):
+        """For `batch` texts of at most `length` tokens."""
+        for block in self.blocks:
+            block.attention.init_cache((batch, length, block.attention.in_features))
 
 
 def save(path, model: GPT, config: Config):
@@ -106,22 +95,40 @@ def load(path) -> GPT:
     return nnx.merge(graphdef, params)
 
 
-def generate(model: GPT, prompt: bytes, length: int, seed: int = 0, temperature: float = 0.7):
-    """The prompt, continued to `length` bytes (no more than the model was trained on)."""
+def generate(model: GPT, prompts: list[bytes], length: int, seed: int = 0, temperature=0.7):
+    """`length` bytes more for each prompt: one call for all prompts, then one a byte.
+
+    Returns the texts, prompts and all, and the logits that each new byte was drawn from, float32
+    [batch, length, vocab].
+    """
+    counts = jnp.asarray([len(p) for p in prompts], jnp.int32)
+    longest = max(map(len, prompts))
+    padded = jnp.asarray([list(p.ljust(longest, b"\0")) for p in prompts], jnp.int32)
     graphdef, params = nnx.split(model, nnx.Param)
+    key = jax.random.key(seed)
+    tokens, logits = _generate(graphdef, params, padded, counts, length, key, temperature)
+    texts = [p + bytes(t) for p, t in zip(prompts, np.asarray(tokens, np.uint8), strict=True)]
+    return texts, logits
 
-    @jax.jit
-    def run(params, tokens):
-        def add_one(i, tokens):
-            # The whole text again for each byte: causal, so what lies ahead of i plays no part.
-            logits = nnx.merge(graphdef, params)(tokens)[0, i - 1]
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            return tokens.at[0, i].set(jax.random.categorical(key, logits / temperature))
 
-        return jax.lax.fori_loop(len(prompt), length, add_one, tokens)
+@partial(jax.jit, static_argnames=("graphdef", "length"))
+def _generate(graphdef, params, prompts, counts, length, key, temperature):
+    batch, longest = prompts.shape
+    model = nnx.merge(graphdef, params)
+    model.init_cache(batch, longest + length)
+    logits = model(prompts, decode=True, query_seq_lengths=counts)
+    last = jnp.take_along_axis(logits, counts[:, None, None] - 1, axis=1)[:, 0]
+    with_cache, cache, params = nnx.split(model, nnx.Cache, nnx.Param)
 
-    tokens = jnp.asarray([list(prompt.ljust(length, b"\0"))], jnp.int32)
-    return bytes(np.asarray(run(params, tokens))[0].tolist())
+    def add_one(carry, i):
+        logits, cache = carry
+        token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
+        model = nnx.merge(with_cache, cache, params)
+        following = model(token[:, None], decode=True)[:, 0]
+        return (following, nnx.state(model, nnx.Cache)), (token, logits)
+
+    _, new = jax.lax.scan(add_one, (last, cache), jnp.arange(length))
+    return [jnp.swapaxes(x, 0, 1) for x in new]
 
 
 def load_text():
