@@ -82,8 +82,51 @@ def test_parameters_load_into_the_same_model(trained, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import gpt
 
-    sample = gpt.generate(gpt.load(trained[0] / "gpt.npz"), b"def ", 256)
+    (sample,), _ = gpt.generate(gpt.load(trained[0] / "gpt.npz"), [b"def "], 252)
     assert sample.decode(errors="replace") in trained[1]
+
+
+def test_decoder_block(tmp_path):
+    printed = run("04_decoder_block.py", cwd=tmp_path)
+    assert "key kernel  (256, 2, 32)" in printed
+    assert number(r"gradient ([\d.]+)", printed) > 0
+    assert "with 128 tokens" in printed
+    assert number(r"from the whole (\S+)", printed) < 1e-5
+
+
+def test_block_of_ten_lines():
+    source = (EXAMPLES / "04_decoder_block.py").read_text()
+    block = re.search(r"^class Block.*?(?=^\S)", source[source.index("class") :], re.S | re.M)[0]
+    assert len([line for line in block.splitlines() if line.strip()]) == 10
+
+
+def test_generation_equals_the_forward_without_a_cache(trained, tmp_path):
+    model = trained[0] / "gpt.npz"
+    printed = run("05_generate.py", "--model", model, "--length", 60, cwd=tmp_path)
+    largest = number(r"logits +largest ([\d.]+)", printed)
+    assert number(r"without a cache (\S+)", printed) < 1e-4 * largest
+    for prompt in ("def ", "class Parser:\n    ", "import os\nimport "):
+        text = next(x for x in printed.split("\n------\n") if x.startswith(prompt))
+        assert len(text.encode()) >= len(prompt) + 60
+    assert number(r"speed +([\d,]+)", printed) > 0
+    missing = run("05_generate.py", "--model", "no.npz", cwd=tmp_path, status=1)
+    assert not missing
+
+
+def test_sharded_training(tmp_path):
+    printed = run("06_sharded_training.py", cwd=tmp_path)
+    assert "query  (64, 8, 8), on each device (64, 2, 8)" in printed
+    assert "key    (64, 4, 8), on each device (64, 1, 8)" in printed
+    whole = number(r"state +([\d,]+) bytes", printed)
+    assert number(r"optimizer's, on each device ([\d,]+)", printed) < whole / 2
+    first, last = number(r"losses ([\d.]+)", printed), number(r"\.\.\. ([\d.]+)", printed)
+    assert last < first - 1
+    assert number(r"difference from one device (\S+)", printed) < 1e-4
+    # Two layers, each with two projections back to the width, summed forward, and their inputs'
+    # gradients backward.
+    assert re.findall(r"^\d+ \S+ over .*$", printed, re.MULTILINE)[0] == "8 all-reduce over model"
+    others = re.findall(r"^\d+ (\S+ over .*)$", printed, re.MULTILINE)[1:]
+    assert set(others) <= {"all-reduce over data", "all-reduce over data and model"}
 
 
 def test_seed_decides_and_too_short_a_training_fails(tmp_path):
