@@ -17,7 +17,7 @@ inline sm90::BlockOrder block_order(const BackwardProblem& problem, int block_k)
   const int heads = static_cast<int>(s.batch * s.kv_heads * problem.group_splits);
   const int key_blocks = static_cast<int>(round_up(s.kv_len, block_k) / block_k);
   if (problem.band.upper >= kUnbounded) return {key_blocks, heads, 1};
-  constexpr double kL2Bytes = 16e6;
+  constexpr double kL2Bytes = 48e6;
   const double head_bytes = double(s.query_heads) / (s.kv_heads * problem.group_splits) *
                             s.query_len * (4.0 * s.head_dim + 2.0 * (s.head_dim + s.value_dim));
   const double section = kL2Bytes / std::max(head_bytes, 1.0);
@@ -29,7 +29,7 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
   static constexpr sm90::BackwardTiles kTiles = sm90::backward_tiles(kHeadDim);
   static_assert(kTiles.head_dim == kHeadDim, "no row for this head dim in tiles_backward.h");
   const Shape& s = problem.shape;
-  CUtensorMap q_map, k_map, v_map, dout_map, dk_map, dv_map;
+  CUtensorMap q_map, k_map, v_map, dout_map;
   struct Operand {
     CUtensorMap& map;
     const void* data;
@@ -40,14 +40,14 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
       {dout_map, problem.dout, s.query_len, s.query_heads, s.value_dim, kTiles.block_q},
       {k_map, problem.k, s.kv_len, s.kv_heads, s.head_dim, kTiles.block_k()},
       {v_map, problem.v, s.kv_len, s.kv_heads, s.value_dim, kTiles.block_k()},
-      {dk_map, problem.dk, s.kv_len, s.kv_heads, s.head_dim, 16},
-      {dv_map, problem.dv, s.kv_len, s.kv_heads, s.value_dim, 16},
   };
   for (const Operand& o : operands) {
     Status e = encode_tensor_map(
         {o.data, problem.dtype, s.batch, o.rows, o.heads, o.cols, o.box_rows}, o.map);
     if (!e.ok()) return e;
   }
+  int multiprocessors = 0;
+  if (Status e = multiprocessor_count(multiprocessors); !e.ok()) return e;
   const sm90::BackwardParams params = {
       .shape = s,
       .band = problem.band,
@@ -57,12 +57,11 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
       .group_splits = problem.group_splits,
       .row_terms = static_cast<const char*>(problem.row_stats),
       .dq_accum = static_cast<float*>(problem.dq_accum),
-      .semaphores = problem.semaphores,
+      .dk = problem.dk,
+      .dv = problem.dv,
       .dkv_partial = problem.dkv_partial,
       .next_block = problem.next_block,
   };
-  int multiprocessors = 0;
-  if (Status e = multiprocessor_count(multiprocessors); !e.ok()) return e;
   const LaunchConfig config = {
       .blocks =
           std::min<int64_t>(multiprocessors, int64_t{params.order.key_blocks} * params.order.heads),
@@ -70,11 +69,10 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
       .shared_bytes = sm90::BackwardSmem<kTiles>::kLaunchBytes,
       .stream = stream,
   };
-  return problem.dtype == DType::kFloat16
-             ? launch<sm90::backward_kernel<kHeadDim, Float16>>(config, q_map, k_map, v_map,
-                                                                dout_map, dk_map, dv_map, params)
-             : launch<sm90::backward_kernel<kHeadDim, BFloat16>>(config, q_map, k_map, v_map,
-                                                                 dout_map, dk_map, dv_map, params);
+  return problem.dtype == DType::kFloat16 ? launch<sm90::backward_kernel<kHeadDim, Float16>>(
+                                                config, q_map, k_map, v_map, dout_map, params)
+                                          : launch<sm90::backward_kernel<kHeadDim, BFloat16>>(
+                                                config, q_map, k_map, v_map, dout_map, params);
 }
 
 }  // namespace jax_flash2::gpu

@@ -42,8 +42,8 @@ Status select(const ForwardProblem& problem, int major, Selection& selection) {
 Status select(const BackwardProblem& problem, int major, Selection& selection) {
   if (Status s = select_head_dim(problem.shape, selection); !s.ok()) return s;
   const char* obstacle = why_not_sm90(problem, major);
-  if (obstacle == nullptr && problem.mode == BackwardMode::kSplit)
-    obstacle = "those made for Hopper have no split mode";
+  if (obstacle == nullptr && problem.mode != BackwardMode::kFused)
+    obstacle = "those made for Hopper have fused mode alone";
   selection.sm90 = obstacle == nullptr;
   selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
   return {};

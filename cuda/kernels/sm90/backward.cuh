@@ -28,8 +28,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                     const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map,
                     const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ CUtensorMap dk_map,
-                    const __grid_constant__ CUtensorMap dv_map,
                     const __grid_constant__ BackwardParams p) {
   constexpr BackwardTiles kTiles = backward_tiles(kHeadDim);
   using Smem = BackwardSmem<kTiles>;
@@ -69,11 +67,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   } else {
     ptx::setmaxnreg_inc<kTiles.consumer_registers>();
     if constexpr (!Smem::kSharesMatrices) {
-      consume_keys<kTiles, Math>(p, smem, &dk_map, &dv_map);
+      consume_keys<kTiles, Math>(p, smem);
     } else if (thread < 256) {
-      consume_matrices<kTiles, Math, true>(p, smem, &dv_map);
+      consume_matrices<kTiles, Math, true>(p, smem);
     } else {
-      consume_matrices<kTiles, Math, false>(p, smem, &dk_map);
+      consume_matrices<kTiles, Math, false>(p, smem);
     }
   }
 }

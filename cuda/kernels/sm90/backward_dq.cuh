@@ -90,22 +90,26 @@ struct BackwardLoader {
   // Q, dO, LSE and D of the next step, into a stage that is empty.
   JF2_DEVICE void load_step() {
     using Q = typename Smem::Q;
-    static_assert(kTiles.block_q == kTermTile, "a step takes one tile of terms");
+    constexpr int kTermTiles = kTiles.block_q / kTermTile;
+    static_assert(kTermTiles * kTermTile == kTiles.block_q, "a step takes whole tiles of terms");
     ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
     if (leads()) {
       const KeyBlock& block = smem.blocks[next.slot];
       const int head = block.first_head + next.head;
       const int row = (block.first_tile + next.tile) * kTiles.block_q;
       const uint32_t full = smem.step_full(stage.slot());
-      const char* const terms =
+      const uint32_t q = smem.q(stage.slot()).base, dout = smem.dout(stage.slot()).base;
+      const uint32_t lse = smem.lse(stage.slot()).base, delta = smem.delta(stage.slot()).base;
+      const char* terms =
           p.row_terms + padded_row<kTiles>(p, block, next) / kTermTile * 2 * kTermBytes;
-      ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermBytes));
-      load(smem.q(stage.slot()).base, Q::kPanelBytes, Q::kPanels, q_map, full, head, row,
-           block.batch);
-      ptx::bulk_load(smem.lse(stage.slot()).base, terms, kTermBytes, full);
-      load(smem.dout(stage.slot()).base, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row,
-           block.batch);
-      ptx::bulk_load(smem.delta(stage.slot()).base, terms + kTermBytes, kTermBytes, full);
+      ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermTiles * kTermBytes));
+      load(q, Q::kPanelBytes, Q::kPanels, q_map, full, head, row, block.batch);
+      load(dout, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row, block.batch);
+#pragma unroll
+      for (int i = 0; i < kTermTiles; ++i, terms += 2 * kTermBytes) {
+        ptx::bulk_load(lse + i * Smem::Terms::kPanelBytes, terms, kTermBytes, full);
+        ptx::bulk_load(delta + i * Smem::Terms::kPanelBytes, terms + kTermBytes, kTermBytes, full);
+      }
     }
     stage.advance();
     next.advance();
@@ -137,39 +141,41 @@ struct DqWarp {
   const BackwardParams& p;
   const Smem smem;
 
-  // Adds dS K of a step to dQ. `wait` comes before the first addition, `release` after the last
-  // product.
-  template <typename Wait, typename Release>
+  // Adds dS K of a step to dQ. `release` follows the last product.
+  template <typename Release>
   JF2_DEVICE void add_step(const KeyBlock& block, const StepCursor& now, int buffer,
-                           const Wait& wait, const Release& release) const {
+                           const Release& release) const {
     const int thread = ptx::thread_index(), warp = thread / 32;
     const int padded_dim = int(round_up(ptx::opaque(p.shape.head_dim), kHeadDimTile));
     float* const sums = dq_lane(
         p.dq_accum + (padded_row<kTiles>(p, block, now) + warp * 16) * padded_dim, thread % 32);
     const uint32_t ds = ptx::opaque(smem.ds(buffer).outer_major());
     const uint32_t k = ptx::opaque(smem.k().outer_major());
-    static_assert(kTiles.block_q == 64, "one product has 64 rows");
+    constexpr int kParts = kTiles.block_q / 64 * (kTiles.head_dim / kTiles.dq_cols);
 #pragma unroll
-    for (int col = 0; col < kTiles.head_dim; col += kTiles.dq_cols) {
+    for (int part = 0; part < kParts; ++part) {
+      const int row = part % (kTiles.block_q / 64) * 64;
+      const int col = part / (kTiles.block_q / 64) * kTiles.dq_cols;
       float dq[kTiles.dq_cols / 2];
+      const uint32_t a = ds + Smem::Scores::outer_major_column(row);
       const uint32_t b = k + Smem::KV::outer_major_column(col);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kTiles.block_k(); i += 16)
-        DqMma::template ss<true, true>(dq, ds + Smem::Scores::outer_major_offset(i),
+        DqMma::template ss<true, true>(dq, a + Smem::Scores::outer_major_offset(i),
                                        b + Smem::KV::outer_major_offset(i), i > 0);
       ptx::wgmma_commit();
-      if (col == 0) wait();
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (float& x : dq) ptx::pin(x);
-      if (col + kTiles.dq_cols >= kTiles.head_dim) release();
+      if (part + 1 == kParts) release();
+      float* const to = sums + row * padded_dim;
 #pragma unroll
       for (int j = 0; j < kTiles.dq_cols / 8; ++j) {
         // H may be far less than the tile's head dim where Hv is not.
         if ((col + j * 8) / kHeadDimTile * kHeadDimTile >= padded_dim) break;
         const float (&c)[4] = *reinterpret_cast<const float (*)[4]>(&dq[j * 4]);
-        add_dq(sums + (col / 8 + j) * kDqPiece, c);
+        add_dq(to + (col / 8 + j) * kDqPiece, c);
       }
     }
   }
@@ -188,7 +194,6 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
   auto arrive = [](uint32_t barrier) __attribute__((always_inline)) {
     if (BackwardLoader<kTiles>::leads()) ptx::mbarrier_arrive(barrier);
   };
-  auto first_thread = []() __attribute__((always_inline)) { return ptx::thread_index() == 0; };
 
   if (loads) {
     loader.open(blockIdx.x);
@@ -205,30 +210,8 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
     for (; now.left > 0; now.advance()) {
       if (loads) loader.load_ahead(record.slot());
       ptx::mbarrier_wait(smem.ds_full(ds.slot()), ds.parity());
-      auto turn = [&]() __attribute__((always_inline)) {
-        return p.semaphores + padded_row<kTiles>(p, block, now) / kSemaphoreRows;
-      };
-      auto wait_turn = [&]() __attribute__((always_inline)) {
-        if (p.semaphores == nullptr) return;
-        if (first_thread()) {
-          // The key blocks before this one that see the rows.
-          const int row = (block.first_tile + now.tile) * kTiles.block_q;
-          const Range keys = block.band.keys_of({row, row + kTiles.block_q});
-          const int before = block.key_block - keys.begin / kTiles.block_k();
-          while (ptx::ld_acquire(turn()) != before) {
-          }
-        }
-        ptx::barrier_sync(kFirstWarpgroup, 128);  // the sums of the blocks before are visible
-      };
-      work.add_step(block, now, ds.slot(), wait_turn,
+      work.add_step(block, now, ds.slot(),
                     [&]() __attribute__((always_inline)) { arrive(smem.ds_empty(ds.slot())); });
-      if (p.semaphores != nullptr) {
-        ptx::barrier_sync(kFirstWarpgroup, 128);  // every thread has added
-        if (first_thread()) {
-          __threadfence();
-          ptx::red_release_add(turn(), 1);
-        }
-      }
       ds.advance();
       --loader.waiting;
     }

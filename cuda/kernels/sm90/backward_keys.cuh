@@ -7,8 +7,7 @@
 namespace jax_flash2::sm90 {
 
 template <BackwardTiles kTiles, typename Math>
-JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
-                             const CUtensorMap* dk_map, const CUtensorMap* dv_map) {
+JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem) {
   using Smem = BackwardSmem<kTiles>;
   using Work = KeyWarp<kTiles, Math>;
   Work c{p, smem};
@@ -92,23 +91,14 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem,
       for (int left = steps; left > 1; --left) step.template operator()<false>();
       step.template operator()<true>();
     }
-    // Once the first warpgroup has read the last dS, its buffers may serve dV and dK.
-    RingPlace<Smem::kDsBuffers> last = ds;
-#pragma unroll
-    for (int i = 0; i < Smem::kDsBuffers; ++i) {
-      ptx::mbarrier_wait(smem.ds_empty(last.slot()), last.parity() ^ 1);
-      last.advance();
-    }
-    int used = 0;
-    c.store_gradient(block, dv, {dv_map, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.ds(0),
-                     Smem::kDsBuffers, used);
-    c.store_gradient(block, dk, {dk_map, p.scale, p.shape.head_dim, 0}, smem.ds(0),
-                     Smem::kDsBuffers, used);
-    if (c.lane() == 0) ptx::bulk_wait_read<0>();  // dS may be written again
+    // The dS buffer that comes next, once it has been read, serves as staging.
+    ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+    c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim},
+                     smem.ds(ds.slot()));
+    c.store_gradient(block, dk, {p.dk, p.scale, p.shape.head_dim, 0}, smem.ds(ds.slot()));
     c.arrive(smem.block_empty(record.slot()));
     record.advance();
   }
-  if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads
 }
 
 }  // namespace jax_flash2::sm90

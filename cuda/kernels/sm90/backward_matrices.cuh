@@ -8,8 +8,7 @@
 namespace jax_flash2::sm90 {
 
 template <BackwardTiles kTiles, typename Math, bool kHasP>
-JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> smem,
-                                 const CUtensorMap* map) {
+JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> smem) {
   using Smem = BackwardSmem<kTiles>;
   using Work = KeyWarp<kTiles, Math>;
   Work c{p, smem};
@@ -35,7 +34,6 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     auto issue = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
       c.clear_padding(block, row(), stage.slot());
-      c.take_turn();
       if constexpr (kHasP) {
         c.issue_scores(smem.k(), smem.q(stage.slot()), smem.lse(stage.slot()));
       } else {
@@ -89,6 +87,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     if (steps > 0) {
       ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       c.clear_padding(block);
+      c.take_turn();
       issue();
       c.pass_turn();
       ptx::wgmma_wait<0>();
@@ -99,12 +98,12 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         const int now = stage.slot();
         stage.advance();
         tile = tile == 0 ? tiles - 1 : tile - 1;
-        issue();
+        c.take_turn();
         issue_gradient(now);
+        issue();
         c.pass_turn();
-        ptx::wgmma_wait<1>();
-        take();
         end_step(now);
+        take();
         give();
       }
       c.take_turn();
@@ -113,28 +112,17 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       end_step(stage.slot());
       stage.advance();
     }
-    int used = 0;
+    // The tile of P, or the dS buffer that comes next, once it has been read, serves as staging.
     if constexpr (kHasP) {
-      // Once the other warpgroup has read the last P, its tile may serve dV.
       ptx::mbarrier_wait(smem.p_empty(), shared_p.parity() ^ 1);
-      c.store_gradient(block, d, {map, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.p(), 1,
-                       used);
+      c.store_gradient(block, d, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.p());
     } else {
-      // Once the first warpgroup has read the last dS, its buffers may serve dK.
-      RingPlace<Smem::kDsBuffers> last = ds;
-#pragma unroll
-      for (int i = 0; i < Smem::kDsBuffers; ++i) {
-        ptx::mbarrier_wait(smem.ds_empty(last.slot()), last.parity() ^ 1);
-        last.advance();
-      }
-      c.store_gradient(block, d, {map, p.scale, p.shape.head_dim, 0}, smem.ds(0), Smem::kDsBuffers,
-                       used);
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      c.store_gradient(block, d, {p.dk, p.scale, p.shape.head_dim, 0}, smem.ds(ds.slot()));
     }
-    if (c.lane() == 0) ptx::bulk_wait_read<0>();  // P or dS may be written again
     c.arrive(smem.block_empty(record.slot()));
     record.advance();
   }
-  if (c.lane() == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads
 }
 
 }  // namespace jax_flash2::sm90

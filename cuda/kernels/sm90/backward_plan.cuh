@@ -41,7 +41,8 @@ struct BackwardParams {
   int group_splits;
   const char* row_terms;  // [B, N, Tp / 64, 2, 3, 64] bfloat16 (device/row_terms.cuh)
   float* dq_accum;        // [B, N, Tp, Hp]
-  int* semaphores;        // [B, N, Tp / kSemaphoreRows]; null unless deterministic
+  void* dk;               // [B, S, K, H]
+  void* dv;               // [B, S, K, Hv]
   float* dkv_partial;     // [B, group_splits, S, K, H + Hv]; null where a block has a whole group
   int* next_block;        // the queue: blocks handed out beyond the first of each thread block
 };

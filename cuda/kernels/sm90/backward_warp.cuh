@@ -180,17 +180,17 @@ struct KeyWarp {
     cleared();
   }
 
-  // Where the warp's 16 rows of a gradient go: dK or dV, and its columns.
+  // Where the rows of a gradient go: dK or dV, [B, S, K, cols], or its part of dkv_partial.
   struct Target {
-    const CUtensorMap* map;
+    void* data;
     float scale;
     int cols;
     int first_col;  // in dkv_partial
   };
-  // The warp's rows of a gradient to global memory, 0 for keys that nobody sees: through its own
-  // rows of `count` tiles from `staging` on, a panel at a time.
+  // The warp's 16 rows of a gradient to global memory, 0 for keys that nobody sees: a panel after the
+  // other through the warp's own rows of `staging`, from registers into whole lines.
   JF2_DEVICE void store_gradient(const KeyBlock& block, float (&d)[kD], const Target& target,
-                                 Scores staging, int count, int& used) {
+                                 Scores staging) {
     const int key = block.key_block * kTiles.block_k() + first_key();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -200,14 +200,13 @@ struct KeyWarp {
       for (int j = 0; j < kD / 4; ++j) d[j * 4 + half * 2] = d[j * 4 + half * 2 + 1] = 0.f;
     }
     if (p.dkv_partial != nullptr) return store_partial(block, d, target);
+    Element* const rows =
+        static_cast<Element*>(target.data) +
+        ((int64_t(block.batch) * p.shape.kv_len + key) * p.shape.kv_heads + block.kv_head) *
+            target.cols;
 #pragma unroll
     for (int panel = 0; panel < Smem::KV::kPanels; ++panel) {
-      if (used == count) {
-        if (lane() == 0) ptx::bulk_wait_read<0>();
-        __syncwarp();
-        used = 0;
-      }
-      const Scores tile = {staging.base + used * Scores::kBytes};
+      __syncwarp();  // the panel before has been read
 #pragma unroll
       for (int c = 0; c < kPanelCols / 16; ++c) {
         if (panel * kPanelCols + c * 16 >= kTiles.head_dim) break;
@@ -217,17 +216,17 @@ struct KeyWarp {
           const float* const pair = &d[(panel * 4 + c) * 8 + i * 2];
           r[i] = pack2<Element>(pair[0] * target.scale, pair[1] * target.scale);
         }
-        ptx::stmatrix_x4(fragment_address(tile, c * 16), r[0], r[1], r[2], r[3]);
+        ptx::stmatrix_x4(fragment_address(staging, c * 16), r[0], r[1], r[2], r[3]);
       }
-      ptx::fence_proxy_async();
-      __syncwarp();
-      if (lane() == 0) {
-        if (panel * kPanelCols < target.cols && key < p.shape.kv_len)
-          ptx::tma_store_4d(target.map, tile.address(first_key(), 0), panel * kPanelCols,
-                            block.kv_head, key, block.batch);
-        ptx::bulk_commit();
+      __syncwarp();  // the panel is there
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i * 4 + lane() / 8, col = panel * kPanelCols + lane() % 8 * 8;
+        const uint4 chunk = ptx::lds_128(staging.address(first_key() + row, lane() % 8 * 8));
+        if (key + row < p.shape.kv_len && col < target.cols)
+          *reinterpret_cast<uint4*>(rows + int64_t(row) * p.shape.kv_heads * target.cols + col) =
+              chunk;
       }
-      ++used;
     }
   }
   // The same in float32, where several thread blocks have a part of a group.
