@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flash2 import _checks, _ffi
@@ -77,7 +78,10 @@ def on_devices(sharded, spec, *operands):
     """Inside shard_map operands are local already. Partly manual too: custom_partitioning fails."""
     operands = _ffi.guard(operands, spec)
     if not jax.sharding.get_abstract_mesh().manual_axes:
-        return sharded(spec, *operands)
+        # The program names the spec, which is otherwise in the callback of the partitioner alone: a
+        # compile cache that ignores the callback's address must not take one call for another.
+        with set_xla_metadata(jax_flash2=repr(spec)):
+            return sharded(spec, *operands)
     results = sharded.fun(spec, *operands)
     axes = tuple(sorted(_varying(*operands)))
     return jax.lax.pcast(results, axes, to="varying") if axes else results
