@@ -311,17 +311,3 @@ def test_one_compiled_call_for_all_lengths():
     for n in ([12, 12], [3, 5], [0, 1]):
         call(jnp.array(n))
     assert call._cache_size() == 1
-
-
-def test_export_round_trip():
-    arrays = qkv(B)
-    checks = [
-        jax.export.DisabledSafetyCheck.custom_call(f"jax_flash2_{name}")
-        for name in ("forward", "backward")
-    ]
-    call = jax.jit(functools.partial(attention, is_causal=True))
-    exported = jax.export.export(call, disabled_checks=checks, platforms=("cpu", "cuda"))(*arrays)
-    assert_close(exported.call(*arrays), call(*arrays), 0)
-    cotangent = normal(B, T, N, HV)
-    expected = jax.vjp(call, *arrays)[1](cotangent)
-    assert_close(exported.vjp().call(*arrays, cotangent), expected, 0)
