@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash2 import _checks
 from jax_flash2._attention import attention
@@ -155,11 +156,15 @@ def _check(query, key, cache, new_lengths, ring):
         raise _checks.wrong(
             ValueError, "the new tokens", f"at most the cache's {size}", tokens, way_out
         )
-    lengths = tokens if new_lengths is None else new_lengths
-    if isinstance(cache.lengths, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+    counts = (cache.lengths, tokens if new_lengths is None else new_lengths)
+    if not all(_is_known(x) for x in counts):
         return  # documented: what does not fit is padding
-    longest = int(jnp.max(cache.lengths + lengths, initial=0))
+    longest = int(np.max(np.add(*map(np.asarray, counts)), initial=0))
     if longest > size:
         raise _checks.wrong(
             ValueError, "cached and new tokens together", f"at most {size}", longest, way_out
         )
+
+
+def _is_known(x):
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -32,8 +32,8 @@ class GroupedQueryAttention(linen.Module):
         inputs of the greatest length makes it: `cached_key`, `cached_value`, `cache_index` (int32
         [*B]); a layer with a local window that is shorter keeps a ring of left + 1 tokens, which no
         sequence is too long for. Any number of tokens a call; their keys and values are written in
-        place where the cache is donated. Tokens that the cache has no slot for are treated as
-        padding; outside of jit they raise. Forward only.
+        place where the cache is donated. Tokens that the cache has no slot for raise where
+        the cached lengths are known; where they are traced, such tokens are padding. Forward only.
       normalize_qk: LayerNorm without bias on each head of queries and keys, as in Flax.
       num_kv_heads: key/value heads, a divisor of num_heads; None is num_heads. Query head n reads
         key/value head n // (num_heads // num_kv_heads).

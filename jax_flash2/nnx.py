@@ -202,8 +202,8 @@ class GroupedQueryAttention(nnx.Module):
           decode: the tokens follow those of the cache that `init_cache` made, and are appended to
             it. Each sees those before it and itself, within local_window_size, whatever is_causal.
             Any number of tokens a call; their keys and values are written in place where the
-            module's state is donated. Tokens that the cache has no slot for are treated as padding;
-            outside of jit they raise. Forward only.
+            module's state is donated. Tokens that the cache has no slot for raise where the cached
+            lengths are known; where they are traced, such tokens are padding. Forward only.
           is_causal: query i sees key j only if j <= i.
           out_sharding, qkv_sharding: of the result and of the heads, over explicit mesh axes;
             kv_sharding of the heads of key and value, where it differs.

@@ -110,6 +110,13 @@ def test_what_finds_no_slot_is_padding(tokens):
     assert not np.any(out[0, fit:]) and not np.any(out[1])
 
 
+def test_counts_beyond_the_tokens_are_held_to_them():
+    new = [x[:, :4] for x in (QUERIES, KEYS, VALUES)]
+    got = STEP(*new, empty(None), jnp.array([-3, 99]), None, None)
+    expected = STEP(*new, empty(None), jnp.array([0, 4]), None, None)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def call(tokens=1, held=0, counts=None, window=None, query_tokens=None, **changes):
     query, key, value = (
         jnp.zeros((2, n, heads, H))
@@ -137,6 +144,13 @@ def test_errors(arguments, kind, words):
     with pytest.raises(kind) as caught:
         call(**arguments)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_known_lengths_raise_inside_jit_too():
+    cache = empty(None, max_length=8)._replace(lengths=jnp.array([7, 3]))
+    new = [jnp.zeros((2, 2, heads, H)) for heads in (N, K, K)]
+    with pytest.raises(ValueError, match="together should be at most 8, got 9"):
+        jax.jit(lambda *new: _cache.attend(*new, cache, None, None, None))(*new)
 
 
 def test_what_fits_raises_nothing():

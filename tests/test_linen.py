@@ -61,8 +61,14 @@ def test_call_holds_all_of_flax_s():
             assert (mine[x].kind, mine[x].default) == (flax[x].kind, flax[x].default), x
 
 
+INITIALISERS = {
+    "kernel_init": linen.initializers.normal(0.3),
+    "out_kernel_init": linen.initializers.orthogonal(),
+    "bias_init": linen.initializers.normal(),
+    "out_bias_init": linen.initializers.ones,
+}
 CASES = {
-    "heads, causal": ({}, (X,), {"mask": CAUSAL}, {"is_causal": True}),
+    "heads, causal": (INITIALISERS, (X,), {"mask": CAUSAL}, {"is_causal": True}),
     "normalised": ({"normalize_qk": True, "use_bias": False}, (X[0],), {}, {}),
     "cross": (
         {"qkv_features": 16, "out_features": 20},

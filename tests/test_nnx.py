@@ -51,9 +51,15 @@ def test_signature_holds_all_of_flax_s(name):
     assert all(x.kind is x.KEYWORD_ONLY and x.default is not x.empty for x in extra)
 
 
+INITIALISERS = {
+    "kernel_init": nnx.initializers.normal(0.3),
+    "out_kernel_init": nnx.initializers.orthogonal(),
+    "bias_init": nnx.initializers.normal(),
+    "out_bias_init": nnx.initializers.ones,
+}
 CASES = {
     "heads": ((4, WIDTH), {}, (X,), {}),
-    "groups": ((4, WIDTH, 64, 20, 2), {}, (X,), {"is_causal": True}),
+    "groups": ((4, WIDTH, 64, 20, 2), INITIALISERS, (X,), {"is_causal": True}),
     "one key head": ((4, WIDTH, None, None, 1), {"use_bias": False}, (X[None],), {}),
     "normalised": ((4, WIDTH, None, None, 2), {"normalize_qk": True}, (X[0],), {}),
     "cross": ((4, WIDTH, 16, None, 2, 24), {}, (X, OTHER), {}),
