@@ -101,6 +101,20 @@ LENGTHS = [
         key_value_seq_lengths=(60, 128, 77),
         **_CAUSAL,
     ),
+    *(
+        Case(
+            f"both_lengths_head_dim_{h}",
+            batch=(3,),
+            t=200,
+            s=200,
+            k=1,
+            h=h,
+            hv=h,
+            query_seq_lengths=(200, 64, 77),
+            key_value_seq_lengths=(60, 128, 77),
+        )
+        for h in (128, 192)
+    ),
     Case(
         "lengths_offset_and_window",
         batch=(2, 2),

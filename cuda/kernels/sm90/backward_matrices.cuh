@@ -18,7 +18,6 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
   RingPlace<Smem::kDsBuffers> ds;
   RingPlace<1> shared_p;
 
-  if (!kHasP) c.pass_turn();  // the first turn is the other's
 #pragma unroll 1
   while (true) {
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
@@ -87,9 +86,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     if (steps > 0) {
       ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       c.clear_padding(block);
-      c.take_turn();
       issue();
-      c.pass_turn();
       ptx::wgmma_wait<0>();
       take();
       give();
@@ -98,17 +95,13 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         const int now = stage.slot();
         stage.advance();
         tile = tile == 0 ? tiles - 1 : tile - 1;
-        c.take_turn();
         issue_gradient(now);
         issue();
-        c.pass_turn();
         end_step(now);
         take();
         give();
       }
-      c.take_turn();
       issue_gradient(stage.slot());
-      c.pass_turn();
       end_step(stage.slot());
       stage.advance();
     }

@@ -30,15 +30,11 @@ struct KeyWarp {
     return (ptx::thread_index() - 128) / 32 * 16 % kTiles.block_k();
   }
 
-  // The warpgroups' turns to issue products to the tensor cores, so that one's exponentials and dS run
-  // under the other's products.
+  // Where warpgroups have keys of their own: their turns to issue products to the tensor cores, so that
+  // one's exponentials and dS run under the other's products.
   static JF2_DEVICE int warpgroup() { return ptx::uniform(ptx::thread_index() / 128) - 1; }
-  static JF2_DEVICE void take_turn() {
-    if constexpr (kTiles.turns) ptx::barrier_sync(kProductTurn + warpgroup(), 256);
-  }
-  static JF2_DEVICE void pass_turn() {
-    if constexpr (kTiles.turns) ptx::barrier_arrive(kProductTurn + (warpgroup() ^ 1), 256);
-  }
+  static JF2_DEVICE void take_turn() { ptx::barrier_sync(kProductTurn + warpgroup(), 256); }
+  static JF2_DEVICE void pass_turn() { ptx::barrier_arrive(kProductTurn + (warpgroup() ^ 1), 256); }
 
   // x = K Q^T or V dO^T of the warpgroup's keys, plus the terms of LSE or D of the queries.
   JF2_DEVICE void issue_scores(typename Smem::KV keys, typename Smem::Q queries,

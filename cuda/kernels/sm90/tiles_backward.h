@@ -17,7 +17,6 @@ struct BackwardTiles {
   int block_q;             // queries a step
   int stages;              // Q and dO tiles in flight, each
   int dq_cols;             // columns of dQ that the first warpgroup multiplies at once
-  bool turns;              // ping-pong: the consumer warpgroups issue their products in turn
   int dq_registers;        // a thread of the first warpgroup, after setmaxnreg
   int consumer_registers;  // a thread of the others
 
@@ -33,7 +32,6 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 128,
      .stages = 3,
      .dq_cols = 64,
-     .turns = true,
      .dq_registers = 72,
      .consumer_registers = 216},
     {.head_dim = 96,
@@ -41,7 +39,6 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 64,
      .stages = 3,
      .dq_cols = 96,
-     .turns = true,
      .dq_registers = 88,
      .consumer_registers = 208},
     {.head_dim = 128,
@@ -49,7 +46,6 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 64,
      .stages = 3,
      .dq_cols = 64,
-     .turns = true,
      .dq_registers = 72,
      .consumer_registers = 216},
     {.head_dim = 192,
@@ -57,7 +53,6 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 64,
      .stages = 2,
      .dq_cols = 64,
-     .turns = true,
      .dq_registers = 72,
      .consumer_registers = 216},
     {.head_dim = 256,
@@ -65,7 +60,6 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 64,
      .stages = 2,
      .dq_cols = 64,
-     .turns = true,
      .dq_registers = 72,
      .consumer_registers = 216},
 };
