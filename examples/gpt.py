@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import jax_flash2
 from jax_flash2.nnx import GroupedQueryAttention
 
 
@@ -30,7 +31,7 @@ class Config:
 
 
 class Block(nnx.Module):
-    def __init__(self, c: Config, rngs: nnx.Rngs):
+    def __init__(self, c: Config, rngs: nnx.Rngs, attend):
         linear = partial(nnx.Linear, use_bias=False, dtype=c.dtype, rngs=rngs)
         self.norm1 = nnx.RMSNorm(c.width, dtype=c.dtype, rngs=rngs)
         self.attention = GroupedQueryAttention(
@@ -41,6 +42,7 @@ class Block(nnx.Module):
             rope_theta=10_000.0,
             use_bias=False,
             out_kernel_init=nnx.initializers.zeros,  # a block starts as the identity: learns sooner
+            attend=attend,
             dtype=c.dtype,
             rngs=rngs,
         )
@@ -54,10 +56,10 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs, attend=jax_flash2.attention):
         c = config
         self.embed = nnx.Embed(c.vocab, c.width, dtype=c.dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(c, rngs) for _ in range(c.layers)])
+        self.blocks = nnx.List([Block(c, rngs, attend) for _ in range(c.layers)])
         self.norm = nnx.RMSNorm(c.width, dtype=c.dtype, rngs=rngs)
         self.logits = nnx.Linear(c.width, c.vocab, use_bias=False, dtype=c.dtype, rngs=rngs)
 

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from jax_flash2 import _cache, _checks
-from jax_flash2._attention import attention
 
 
 def sizes(num_heads, num_kv_heads, head_dim, qkv_features, in_features, rope_theta):
@@ -72,12 +71,13 @@ def keys_and_values(inputs_q, inputs_k, inputs_v):
     return inputs_k, inputs_k if inputs_v is None else inputs_v
 
 
-def attend(
+def rotate_and_attend(
     query,
     key,
     value,
     cache: _cache.Cache | None = None,
     *,
+    attend,
     is_causal,
     rope_theta,
     input_positions,
@@ -116,7 +116,7 @@ def attend(
             )
         window = _checks.window(local_window_size)
         return _cache.attend(query, key, value, cache, query_seq_lengths, window, precision)
-    out = attention(
+    out = attend(
         query,
         key,
         value,

@@ -1,6 +1,7 @@
 """Flax linen: a `GroupedQueryAttention` module, and `attention_fn` for Flax's own modules."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ class GroupedQueryAttention(linen.Module):
       local_window_size: as in `jax_flash2.attention`: each query sees that many keys to its left
         and right. In decode also the size of the cache.
       backward: as in `jax_flash2.attention`.
+      attend: what attends, outside of decode. Called as `jax_flash2.attention` would be, with
+        is_causal, the lengths, local_window_size, precision and backward as keywords; such as
+        `context_parallel_attention` inside a `jax.shard_map`.
       kv_kernel_init, kv_bias_init: of key and value, where they differ from kernel_init and
         bias_init: under `linen.with_partitioning`, fewer heads than the mesh axis has devices
         cannot be sharded over it.
@@ -69,6 +73,7 @@ class GroupedQueryAttention(linen.Module):
     rope_theta: float | None = None
     local_window_size: int | tuple[int, int] | None = None
     backward: str = "auto"
+    attend: Callable[..., jax.Array] = attention
     kv_kernel_init: Initializer | None = None
     kv_bias_init: Initializer | None = None
 
@@ -160,11 +165,12 @@ class GroupedQueryAttention(linen.Module):
         window = _checks.window(self.local_window_size)
         variables = self._cache(key, window) if self.decode else None
         decode = variables is not None and not self.is_initializing()
-        out, cache = _module.attend(
+        out, cache = _module.rotate_and_attend(
             query,
             key,
             value,
             _cache.Cache(*(x.value for x in variables)) if decode else None,
+            attend=self.attend,
             is_causal=is_causal,
             rope_theta=self.rope_theta,
             input_positions=input_positions,

@@ -1,7 +1,7 @@
 """Flax nnx: a `GroupedQueryAttention` module, and `attention_fn` for Flax's own modules."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,7 @@ class GroupedQueryAttention(nnx.Module):
         rope_theta: float | None = None,
         local_window_size: int | tuple[int, int] | None = None,
         backward: str = "auto",
+        attend: Callable[..., jax.Array] = attention,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         broadcast_dropout: bool = True,
@@ -81,6 +82,9 @@ class GroupedQueryAttention(nnx.Module):
           local_window_size: as in `jax_flash2.attention`: each query sees that many keys to its
             left and right. In decode also the size of the cache.
           backward: as in `jax_flash2.attention`.
+          attend: what attends, outside of decode. Called as `jax_flash2.attention` would be, with
+            is_causal, the lengths, local_window_size, precision and backward as keywords; such as
+            `context_parallel_attention` inside a `jax.shard_map`.
           dtype: of the computation; None infers it from inputs and parameters.
           dropout_rate, broadcast_dropout, deterministic, keep_rngs: for the sake of Flax's
             signature. Attention weights are never dropped: a call that would raises.
@@ -104,6 +108,7 @@ class GroupedQueryAttention(nnx.Module):
         self.rope_theta = rope_theta
         self.local_window_size = _checks.window(local_window_size)
         self.backward = backward
+        self.attend = attend
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.dropout_rate = dropout_rate
@@ -242,11 +247,12 @@ class GroupedQueryAttention(nnx.Module):
         variables = (self.cached_key, self.cached_value, self.cache_index)
         if decode and any(x is None for x in variables):
             raise _module.no_cache("Call init_cache first.")
-        out, cache = _module.attend(
+        out, cache = _module.rotate_and_attend(
             query,
             key,
             value,
             _cache.Cache(*(x[...] for x in variables)) if decode else None,
+            attend=self.attend,
             is_causal=is_causal,
             rope_theta=self.rope_theta,
             input_positions=input_positions,

@@ -14,6 +14,7 @@ from flax_modules import BATCH, WIDTH, T, assert_close, in_chunks, normal
 from jax.sharding import PartitionSpec as P
 
 import jax_flash2.nnx
+from jax_flash2 import attention
 from jax_flash2.linen import GroupedQueryAttention, attention_fn
 
 Flax = linen.MultiHeadDotProductAttention
@@ -282,3 +283,15 @@ def test_attention_fn_names_all_that_linen_would_drop():
     assert asked <= set(mine)
     for name, parameter in inspect.signature(linen.dot_product_attention).parameters.items():
         assert mine[name].default == parameter.default, name
+
+
+def test_another_function_attends():
+    def attend(*arrays, **arguments):
+        return 2 * attention(*arrays, **arguments)
+
+    fields = {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 100.0, "use_bias": False}
+    plain = GroupedQueryAttention(**fields)
+    other = GroupedQueryAttention(**fields, attend=attend)
+    variables = init(plain, X)
+    expected = 2 * run(plain, variables, X, is_causal=True)
+    assert_close(run(other, variables, X, is_causal=True), expected)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax_modules import BATCH, WIDTH, T, assert_close, normal, run
 
+from jax_flash2 import attention
 from jax_flash2.nnx import GroupedQueryAttention, attention_fn
 
 S = 9  # tokens of another sequence
@@ -273,3 +274,28 @@ def test_attention_fn_takes_all_that_flax_passes():
         attention_fn(heads, heads, heads, bias=jnp.zeros((4, 3, 3)))
     with pytest.raises(TypeError, match="unheard_of"):
         attention_fn(heads, heads, heads, unheard_of=1)
+
+
+def test_another_function_attends():
+    """With the arguments of `attention`, after the rotation."""
+    asked = []
+
+    def attend(query, key, value, **arguments):
+        asked.append(arguments)
+        return 2 * attention(query, key, value, **arguments)
+
+    lengths = jnp.array([T, 5])
+    plain = ours(4, WIDTH, num_kv_heads=2, rope_theta=100.0, use_bias=False, local_window_size=3)
+    call = {"is_causal": True, "key_value_seq_lengths": lengths}
+    expected = 2 * run(plain, X, **call)
+    plain.attend = attend
+    assert_close(plain(X, **call), expected)
+    (arguments,) = asked
+    assert arguments.pop("key_value_seq_lengths") is lengths
+    assert arguments == {
+        "is_causal": True,
+        "query_seq_lengths": None,
+        "local_window_size": (3, 3),
+        "precision": None,
+        "backward": "auto",
+    }
