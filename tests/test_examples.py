@@ -1,6 +1,8 @@
 """Each file of examples/ runs, shortened, as a reader would run it, and does what it says."""
 
+import concurrent.futures
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,32 @@ def test_parameters_load_into_the_same_model(trained, monkeypatch):
 
     (sample,), _ = gpt.generate(gpt.load(trained[0] / "gpt.npz"), [b"def "], 252)
     assert sample.decode(errors="replace") in trained[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Four devices each, the ring of the sequence across both, against one process and mesh."""
+    script, steps = "03_multi_host.py", ("--steps", 3, "--length", 64)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    two = ("--cpu-devices", 4, "--mesh", 1, 4, 2, "--coordinator", coordinator, "--processes", 2)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        second = pool.submit(run, script, *steps, *two, "--id", 1, cwd=tmp_path)
+        printed = run(script, *steps, *two, "--id", 0, cwd=tmp_path)
+        assert "step" not in second.result(), "the first process alone reports"
+    alone = run(script, *steps, "--cpu-devices", 8, cwd=tmp_path)
+
+    assert "2 processes, 8 devices, {'data': 1, 'seq': 4, 'model': 2}" in printed
+    assert "1 processes, 8 devices, {'data': 2, 'seq': 2, 'model': 2}" in alone
+    for text in (printed, alone):
+        assert "attention  ring: " in text
+        assert "query kernel (128, 4, 32), on each device (128, 2, 32)" in text
+    losses, expected = (
+        [float(x) for x in re.findall(r"loss ([\d.]+)", text)] for text in (printed, alone)
+    )
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] - 0.5
+    assert losses == pytest.approx(expected, abs=2e-3)
 
 
 def test_decoder_block(tmp_path):
