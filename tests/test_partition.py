@@ -1,15 +1,16 @@
 """Sharded calls on eight CPU devices: what is communicated, and that nothing else changes."""
 
-import collections
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placements
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from placements import collectives, normal
 
 from jax_flash2 import attention
 
@@ -44,11 +45,12 @@ PLACEMENTS = {
     ),
     "head dim": ((2, 4), 8, 2, HEAD_DIM, HEAD_DIM, {"all-gather"}, {"all-gather"}),
 }
-COLLECTIVE = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
-def normal(*shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def qkv(n, k, *batch):
@@ -60,7 +62,7 @@ def qkv(n, k, *batch):
 
 
 def mesh_of(shape, kind=AxisType.Auto):
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind))
+    return placements.mesh_of(kind, data=shape[0], model=shape[1])
 
 
 def forward(query, key, value, **bounds):
@@ -83,10 +85,6 @@ def assert_close(got, expected):
 
 def lies(x, mesh, spec):
     return x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
-
-
-def collectives(compiled):
-    return collections.Counter(re.findall(COLLECTIVE, compiled.as_text()))
 
 
 @pytest.mark.parametrize("bounds", [{}, BOUNDS], ids=["dense", "ragged"])
@@ -197,3 +195,18 @@ def test_explicit_axes(spec, bounds):
         got = jax.jit(functools.partial(gradient, **bounds))(*sharded)
     assert all(lies(x, mesh, spec) for x in got)
     assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("place", ["heads", "queries", "partly manual"])
+def test_legacy_mesh_context(place):
+    """`with mesh:` changes nothing; custom_partitioning would abort the process in the last."""
+    arrays, mesh = qkv(8, 4, B), mesh_of((2, 4))
+    spec = {"heads": HEADS, "queries": TOKENS, "partly manual": P("data")}[place]
+    call = forward
+    if place == "partly manual":
+        call = jax.shard_map(forward, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"data"})
+    with mesh:
+        sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+        got = jax.jit(functools.partial(gradient, call=call))(*sharded)
+    assert_close(got, gradient(*arrays))

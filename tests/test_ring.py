@@ -217,6 +217,7 @@ PLACES = {  # the mesh, and what else differs
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the legacy mesh context
 @pytest.mark.parametrize("place", PLACES)
 def test_places(place):
     axes, options = PLACES[place]
