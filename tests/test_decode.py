@@ -16,7 +16,7 @@ from definition import mask_of
 
 from jax_flash2 import attention, decode_attention
 
-PLATFORMS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+PLATFORMS = ["cpu"]  # there are no CUDA kernels yet
 # Float32 is computed as float32 everywhere.
 FORMATS = [fmt for fmt in battery.FORMATS["cpu"]]
 
