@@ -23,3 +23,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def on_cpu():
+    """For a whole file: `pytestmark = pytest.mark.usefixtures("on_cpu")`."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield

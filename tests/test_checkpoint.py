@@ -9,6 +9,8 @@ from placements import assert_close, normal
 
 from jax_flash2 import CHECKPOINT_NAMES, attention
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 B, T, N, H, LAYERS = 2, 9, 4, 8, 3
 POLICIES = jax.checkpoint_policies
 OFFLOAD = POLICIES.save_and_offload_only_these_names(
@@ -18,12 +20,6 @@ OFFLOAD = POLICIES.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 NAMED = POLICIES.save_only_these_names(*CHECKPOINT_NAMES)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def operands():

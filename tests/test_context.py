@@ -19,15 +19,11 @@ from jax_flash2 import (
     to_zigzag,
 )
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 B, L, H, HV = 2, 32, 8, 5
 SEQ = P("data", "seq")
 LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def qkv(heads, kv_heads):

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from placements import mesh_of, normal
 
 from jax_flash2 import attention
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 B, T, S, N, K, H, HV = 2, 5, 7, 4, 2, 8, 5
 BOUNDS = {
     "query_offset": jnp.array([2, -3]),  # rows that see nothing
@@ -22,10 +24,6 @@ BOUNDS = {
 }
 WINDOW = {"local_window_size": (2, 1), "query_offset": 1}
 MASKS = {"window": WINDOW, "ragged": BOUNDS}
-
-
-def normal(*shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def qkv(*batch):
@@ -163,7 +161,7 @@ def test_sharded(place, derivative):
     query, key, value = qkv(4)
     arrays = query, key[:, :, :1], value[:, :, :1]
     specs = (P("x", None, "y"), P("x"), P("x"))
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Auto))
+    mesh = mesh_of(x=4, y=2)
 
     def total(call, *arrays):
         return jnp.sin(call(*arrays)).sum()
@@ -191,3 +189,19 @@ def test_kernels_where_there_are_some():
     text = jax.jit(gradient(total)).lower(*arrays).as_text()
     assert len(re.findall(r"custom_call @jax_flash2_", text)) == 2
     assert "dot_general" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_on_a_gpu(derivative):
+    with jax.default_device(jax.devices("gpu")[0]):
+        got, expected = (
+            jax.jit(
+                functools.partial(
+                    DERIVATIVES[derivative],
+                    functools.partial(loss, BOUNDS | {"precision": "highest"}, x),
+                )
+            )(qkv(B))
+            for x in (None, "xla")
+        )
+        assert_close(got, expected, 1e-3)

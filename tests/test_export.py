@@ -15,14 +15,10 @@ from placements import assert_close, mesh_of, normal
 import jax_flash2
 from jax_flash2 import attention, ring_attention
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 B, T, S, N, K, H, HV = 2, 9, 12, 4, 2, 8, 5
 export = functools.partial(jax.export.export, disabled_checks=jax_flash2.DISABLED_EXPORT_CHECKS)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def qkv(b=B, t=T, s=S):

@@ -14,6 +14,8 @@ from placements import collectives, normal
 
 from jax_flash2 import attention
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 B, T, S, H = 4, 16, 16, 8
 BOUNDS = {
     "query_offset": jnp.array([0, 3, -2, 1]),
@@ -45,12 +47,6 @@ PLACEMENTS = {
     ),
     "head dim": ((2, 4), 8, 2, HEAD_DIM, HEAD_DIM, {"all-gather"}, {"all-gather"}),
 }
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def qkv(n, k, *batch):

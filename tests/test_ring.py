@@ -14,6 +14,8 @@ from placements import assert_close, collectives, mesh_of, normal, total
 import jax_flash2
 from jax_flash2 import attention, from_zigzag, ring_attention, to_zigzag
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 B, L, N, K, H, HV = 2, 32, 4, 2, 8, 5
 SEQ = P("data", "seq")
 LENGTHS = {
@@ -28,12 +30,6 @@ CASES = {
     "lengths": LENGTHS,
     "causal lengths": {"is_causal": True, **LENGTHS},
 }
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def qkv(batch=(B,), dtype=jnp.float32, length=L, heads=(N, K)):
