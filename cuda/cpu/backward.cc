@@ -172,7 +172,7 @@ class Backward {
     if (real) {
       read_units(p_.dtype, element(base, p_.dtype, index), width, to);
     } else {
-      fill(to, static_cast<int>(round_up(width, kN)), Unit(0));
+      fill(to, static_cast<int>(round_up(width / kDepth<Unit>, kN)), Unit(0));
     }
   }
 
