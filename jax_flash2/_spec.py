@@ -67,9 +67,9 @@ def make_decode_spec(*, scale, window) -> DecodeSpec:
 def fold_scale(scale) -> tuple[float, float]:
     """(factor of the query, positive scale): the kernels take the largest score for the heaviest.
 
-    A scale below float32's normal numbers, 0 among them, goes into the query whole.
+    A tiny scale, 0 among them, goes into the query whole: LSE / scale has to be a float32.
     """
-    if abs(scale) < 2.0**-126:
+    if abs(scale) < 2.0**-104:
         return scale, 1.0
     return math.copysign(1.0, scale), abs(scale)
 

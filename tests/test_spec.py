@@ -82,7 +82,14 @@ def test_precision_of_none_is_jax_s_own(setting, expected):
 
 @pytest.mark.parametrize(
     ("scale", "expected"),
-    [(0.3, (1, 0.3)), (-0.3, (-1, 0.3)), (0.0, (0, 1)), (-1e-40, (-1e-40, 1)), (1e-30, (1, 1e-30))],
+    [
+        (0.3, (1, 0.3)),
+        (-0.3, (-1, 0.3)),
+        (0.0, (0, 1)),
+        (-1e-40, (-1e-40, 1)),
+        (1e-33, (1e-33, 1)),
+        (1e-30, (1, 1e-30)),
+    ],
 )
 def test_scale_is_positive(scale, expected):
     assert _spec.fold_scale(scale) == expected

@@ -46,8 +46,6 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
         {o.data, problem.dtype, s.batch, o.rows, o.heads, o.cols, o.box_rows}, o.map);
     if (!e.ok()) return e;
   }
-  int multiprocessors = 0;
-  if (Status e = multiprocessor_count(multiprocessors); !e.ok()) return e;
   const sm90::BackwardParams params = {
       .shape = s,
       .band = problem.band,
@@ -62,9 +60,11 @@ Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream)
       .dkv_partial = problem.dkv_partial,
       .next_block = problem.next_block,
   };
+  const int64_t heads = s.batch * s.kv_heads * problem.group_splits;
+  int64_t blocks = 0;
+  if (Status e = persistent_blocks(heads * params.order.key_blocks, blocks); !e.ok()) return e;
   const LaunchConfig config = {
-      .blocks =
-          std::min<int64_t>(multiprocessors, int64_t{params.order.key_blocks} * params.order.heads),
+      .blocks = blocks,
       .threads = sm90::kBackwardThreads,
       .shared_bytes = sm90::BackwardSmem<kTiles>::kLaunchBytes,
       .stream = stream,

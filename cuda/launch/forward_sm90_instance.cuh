@@ -62,11 +62,11 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
       .out = problem.out,
       .next_tile = problem.next_tile,
   };
-  int multiprocessors = 0;
-  if (Status e = multiprocessor_count(multiprocessors); !e.ok()) return e;
+  const int64_t heads = s.batch * s.query_heads;
+  int64_t blocks = 0;
+  if (Status e = persistent_blocks(heads * params.order.query_tiles, blocks); !e.ok()) return e;
   const LaunchConfig config = {
-      .blocks = std::min<int64_t>(multiprocessors,
-                                  int64_t{params.order.query_tiles} * params.order.heads),
+      .blocks = blocks,
       .threads = kTiles.threads(),
       .shared_bytes = sm90::ForwardSmem<kTiles>::kLaunchBytes,
       .stream = stream,

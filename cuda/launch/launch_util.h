@@ -61,6 +61,20 @@ inline Status shared_memory_limit(int& bytes) {
   return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
 
+// Thread blocks of a persistent kernel: one a multiprocessor, or as many as there are pieces of work.
+// It counts the pieces in an int32, somewhat beyond the last.
+inline Status persistent_blocks(int64_t work, int64_t& blocks) {
+  int multiprocessors = 0;
+  if (Status s = multiprocessor_count(multiprocessors); !s.ok()) return s;
+  if (work > std::numeric_limits<int32_t>::max() - 2 * int64_t{multiprocessors}) {
+    return Status::invalid_argument("jax_flash2: batch * heads * sequence makes " +
+                                    std::to_string(work) +
+                                    " tiles, a queue holds about 2**31: split the batch");
+  }
+  blocks = work < multiprocessors ? work : multiprocessors;
+  return {};
+}
+
 struct LaunchConfig {
   int64_t blocks;
   int threads;
