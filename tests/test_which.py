@@ -81,6 +81,12 @@ def test_on_hopper():
         assert kernel.family == ("sm90" if has_sm90 else "sm80")
         assert kernel.head_dim == 64
         assert kernel.reason
+        kernels = on_gpu(*arrays(dtype))
+        assert kernels.backward == kernels.forward
+        for mode in ("deterministic", "split"):
+            fixed = on_gpu(*arrays(dtype), backward=mode)
+            assert fixed.forward == kernels.forward
+            assert fixed.backward.family == "sm80"
     single = on_gpu(*arrays("float32")).forward
     assert (single.family, single.head_dim) == ("sm80", 64)
     assert on_gpu(*arrays(s=0)).forward == ("sm80", 64, "there are no keys")

@@ -39,19 +39,6 @@ JF2_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Whether the phase of parity `parity` has completed; may wait for it a moment.
-JF2_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // ---- Bulk copies: contiguous bytes, a multiple of 16
 JF2_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile(

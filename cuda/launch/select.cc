@@ -30,23 +30,23 @@ const char* why_not_sm90(const Problem& problem, int major) {
   return nullptr;
 }
 
+Status select(const Shape& shape, const char* obstacle, Selection& selection) {
+  selection.sm90 = obstacle == nullptr;
+  selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
+  return select_head_dim(shape, selection);
+}
+
 }  // namespace
 
 Status select(const ForwardProblem& problem, int major, Selection& selection) {
-  const char* const obstacle = why_not_sm90(problem, major);
-  selection.sm90 = obstacle == nullptr;
-  selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
-  return select_head_dim(problem.shape, selection);
+  return select(problem.shape, why_not_sm90(problem, major), selection);
 }
 
 Status select(const BackwardProblem& problem, int major, Selection& selection) {
-  if (Status s = select_head_dim(problem.shape, selection); !s.ok()) return s;
   const char* obstacle = why_not_sm90(problem, major);
   if (obstacle == nullptr && problem.mode != BackwardMode::kFused)
     obstacle = "those made for Hopper have fused mode alone";
-  selection.sm90 = obstacle == nullptr;
-  selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
-  return {};
+  return select(problem.shape, obstacle, selection);
 }
 
 std::string select_code(const std::string& archs, int major, int minor) {

@@ -5,15 +5,17 @@
 //     its group or a part of them) from a queue until it is empty.
 //   2 The first warpgroup loads K and V of the block, and Q, dO, LSE and D of one step after the other:
 //     a step is a query tile of a head that sees the keys, last rows first.
-//   3 The other warpgroups own 64 keys each. Their scores are transposed, a row a key, so that P^T and
-//     dS^T leave the registers only as dS for dQ:
-//     a  S^T = K Q^T - LSE, in which three rows of products with ones add the LSE. P = 2^S; hide what
+//   3 The other two own 64 keys each (backward_keys.cuh). Their scores are transposed, a row a key, so
+//     that P^T and dS^T are operands as they stand, and only dS leaves the registers, for dQ:
+//     a  S^T = K Q^T - LSE / scale, the last term by a product with ones. P = exp(scale S); hide what
 //        the band hides.
 //     b  dP^T = V dO^T - D in the same way; dV += P^T dO.
 //     c  dP arrives: dS = P dP, into one of two buffers in shared memory.
 //     d  S of the next step, and dK += dS^T Q. S arrives, and its exponentials run under dK.
+//     Where dK and dV of 64 keys are too much for one, they share the keys (backward_matrices.cuh): one
+//     does a and dV, the other b, c and dK.
 //   4 The first warpgroup multiplies dQ = dS K and adds it to float32 sums in global memory.
-//   5 At the end dV and dK leave through the dS buffers, while the next block's K and V arrive.
+//   5 At the end dV and dK leave through the tiles of dS or P, while the next block's K and V arrive.
 #pragma once
 
 #include "kernels/sm90/backward_dq.cuh"
