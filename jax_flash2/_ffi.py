@@ -136,17 +136,16 @@ def decode(q, k, v, lengths, page_table, spec):
 
 
 def decode_results(q, k, v):
-    """What decoding writes: out, lse; partial_out, partial_stats and flags, by which the thread
-    blocks that share a sequence on a GPU tell each other what they found."""
+    """What decoding writes: out, lse; pieces, which thread blocks of a GPU leave for each other
+    where they share a sequence."""
     *batch, t, n, _ = q.shape
     rows = t * (n // k.shape[-2])
     rows = min(rows, DECODE_ROWS) if isinstance(rows, int) else DECODE_ROWS
+    piece = _cpu.decode_piece_floats(rows, v.shape[-1])
     return (
         jax.ShapeDtypeStruct((*batch, t, n, v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((*batch, n, t), stats_dtype(q.dtype)),
-        jax.ShapeDtypeStruct((DECODE_BLOCKS, rows, v.shape[-1]), jnp.float32),
-        jax.ShapeDtypeStruct((DECODE_BLOCKS, rows, 2), jnp.float32),
-        jax.ShapeDtypeStruct((DECODE_BLOCKS, 2), jnp.int32),
+        jax.ShapeDtypeStruct((DECODE_BLOCKS, piece), jnp.float32),
     )
 
 

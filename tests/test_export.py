@@ -57,8 +57,9 @@ def test_round_trip(lengths):
         call,
         functools.partial(gradient, backward="fused"),
         functools.partial(gradient, backward="deterministic"),
+        jax_flash2.decode_attention,
     ],
-    ids=["forward", "fused", "deterministic"],
+    ids=["forward", "fused", "deterministic", "decode"],
 )
 def test_symbolic_batch_and_lengths(function):
     """One exported program for all sizes."""

@@ -231,13 +231,8 @@ def test_every_result_of_decoding_is_written(paged, platform):
     results = _ffi.decode_results(*qkv)
     written = []
     for number in (0, 1, np.nan):
-        memory = jax.device_put(
-            tuple(
-                np.full(r.shape, -1 if r.dtype == jnp.int32 and number else number, r.dtype)
-                for r in results
-            ),
-            device,
-        )
+        memory = tuple(np.full(r.shape, number, r.dtype) for r in results)
+        memory = jax.device_put(memory, device)
         out = raw_call(target, DecodeSpec(0.1, UNBOUNDED), jax.device_put(operands, device), memory)
         written.append([np.asarray(x, np.float32) for x in out[:2]])
     for x in written[1:]:

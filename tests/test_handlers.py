@@ -74,9 +74,7 @@ DECODE = {
     "lengths": struct(B, dtype="int32"),
     "out": struct(B, T, N, HV),
     "lse": struct(B, N, T),
-    "partial_out": struct(_cpu.DECODE_BLOCKS, T * N // K, HV),
-    "partial_stats": struct(_cpu.DECODE_BLOCKS, T * N // K, 2),
-    "flags": struct(_cpu.DECODE_BLOCKS, 2, dtype="int32"),
+    "pieces": struct(_cpu.DECODE_BLOCKS, _cpu.decode_piece_floats(T * N // K, HV)),
 }
 PAGED = {
     "q": DECODE["q"],
@@ -186,7 +184,9 @@ def test_every_buffer_of_decoding_is_held_against_the_query(paged, buffer):
     longer = struct(*good.shape[:-1], good.shape[-1] + 8, dtype=good.dtype)
     first = struct(good.shape[0] + 1, *good.shape[1:], dtype=good.dtype)
     bad = [struct(*good.shape, dtype="int8")]
-    if buffer not in ("q", "v", "page_table"):  # what they say of Hv, or P, others then deny
+    if buffer == "pieces":
+        bad.append(struct(*good.shape[:-1], good.shape[-1] - 1))
+    elif buffer not in ("q", "v", "page_table"):  # what they say of Hv, or P, others then deny
         bad.append(longer)
     if buffer != "q" and not (paged and buffer in ("k", "v")):
         bad.append(first)

@@ -9,12 +9,18 @@
 
 namespace jax_flash2 {
 
-// Thread blocks that a GPU starts for a call, at most: workspaces hold a share of each.
+// Thread blocks that a GPU starts for a call, at most: the workspace holds a piece of each.
 inline constexpr int kDecodeBlocks = 384;
 // Rows that a thread block works on, at most.
 inline constexpr int kDecodeRows = 64;
 // Pages hold a multiple of this many keys, so that so many neighbours always share one.
 inline constexpr int kPageMultiple = 16;
+
+// What a thread block leaves of `rows` rows for another, in numbers of float32: a flag, m and l of
+// each row, O of each row. The flag, and each m and l, take 16 bytes.
+JF2_HOST_DEVICE constexpr int decode_piece_floats(int rows, int value_dim) {
+  return 4 + rows * (4 + value_dim);
+}
 
 // Keys and values in pages that sequences hold in any order. Ids that name no page are masked.
 struct Pages {
@@ -38,11 +44,9 @@ struct DecodeProblem {
   const void* v;           // [B, S, K, Hv], or [pages, page size, K, Hv]
   void* out;               // [B, T, N, Hv]
   void* lse;               // [B, N, T], float32 (float64 where dtype is), natural log
-  // Workspaces of a GPU, uninitialised on entry: what a thread block leaves for the one that merges.
-  // R = min(T N / K, kDecodeRows).
-  float* partial_out;    // [kDecodeBlocks, R, Hv]
-  float* partial_stats;  // [kDecodeBlocks, R, 2]
-  uint64_t* flags;       // [kDecodeBlocks]
+  // [kDecodeBlocks, decode_piece_floats], a workspace of a GPU, uninitialised on entry: what a thread
+  // block leaves for the one that merges.
+  float* pieces;
 
   JF2_HOST_DEVICE int rows() const { return shape.query_len * shape.group(); }
   JF2_HOST_DEVICE Band band(int64_t b) const {

@@ -356,22 +356,22 @@ Status decode(const DecodeBuffers& b, const DecodeSpec& spec, DecodeProblem& pro
   problem.v = b.v.untyped_data();
   problem.out = b.out.untyped_data();
   problem.lse = b.lse.untyped_data();
-  problem.partial_out = static_cast<float*>(b.partial_out.untyped_data());
-  problem.partial_stats = static_cast<float*>(b.partial_stats.untyped_data());
-  problem.flags = static_cast<uint64_t*>(b.flags.untyped_data());
+  problem.pieces = static_cast<float*>(b.pieces.untyped_data());
   if (Status s = decode_scale(spec.scale, problem.scale); !s.ok()) return s;
   if (spec.window_left < 0) {
     return wrong("window_left", "at least 0", std::to_string(spec.window_left));
   }
   problem.window_left = static_cast<int>(std::min<int64_t>(spec.window_left, kUnbounded));
   const int64_t T = shape.query_len, N = shape.query_heads, Hv = shape.value_dim;
-  const int64_t rows = std::min<int64_t>(T * shape.group(), kDecodeRows);
-  if (Status s = check_all(
-          {}, {{"partial_out", b.partial_out, DataType::F32, {kDecodeBlocks, rows, Hv}},
-               {"partial_stats", b.partial_stats, DataType::F32, {kDecodeBlocks, rows, 2}},
-               {"flags", b.flags, DataType::S32, {kDecodeBlocks, 2}}});
-      !s.ok()) {
-    return s;
+  const int64_t max_int = std::numeric_limits<int32_t>::max();
+  if (Status s = check_range("T N / K", T * shape.group(), 0, max_int); !s.ok()) return s;
+  // Wider where whoever made the buffer did not know T.
+  const Dims pieces = dims_of(b.pieces);
+  const int piece = decode_piece_floats(std::min(problem.rows(), kDecodeRows), shape.value_dim);
+  if (b.pieces.element_type() != DataType::F32 || pieces.size() != 2 ||
+      pieces[0] != kDecodeBlocks || pieces[1] < piece) {
+    return wrong("pieces", describe(DataType::F32, {kDecodeBlocks, piece}) + " or wider",
+                 describe(b.pieces));
   }
   return check_all(call.batch_axes, {{"lengths", b.lengths, DataType::S32, {}},
                                      {"out", b.out, call.data_type, {T, N, Hv}},

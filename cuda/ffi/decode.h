@@ -30,7 +30,7 @@ struct BackwardBuffers {
 // k and v are [*B, S, K, H] and [*B, S, K, Hv]; with a page table, [pages, page size, K, H] and
 // [pages, page size, K, Hv].
 struct DecodeBuffers {
-  AnyBuffer q, k, v, lengths, out, lse, partial_out, partial_stats, flags;
+  AnyBuffer q, k, v, lengths, out, lse, pieces;
   std::optional<AnyBuffer> page_table = std::nullopt;
 };
 

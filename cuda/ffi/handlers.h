@@ -98,17 +98,14 @@ class Handlers {
 
   static Error run_decoding(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                             AnyBuffer lengths, std::optional<AnyBuffer> page_table, Output out,
-                            Output lse, Output partial_out, Output partial_stats, Output flags,
-                            DecodeSpec spec) {
+                            Output lse, Output pieces, DecodeSpec spec) {
     const DecodeBuffers buffers = {.q = q,
                                    .k = k,
                                    .v = v,
                                    .lengths = lengths,
                                    .out = *out,
                                    .lse = *lse,
-                                   .partial_out = *partial_out,
-                                   .partial_stats = *partial_stats,
-                                   .flags = *flags,
+                                   .pieces = *pieces,
                                    .page_table = page_table};
     return run<DecodeProblem>(context, buffers, spec);
   }
@@ -149,7 +146,7 @@ class Handlers {
   }
 
   static XLA_FFI_Error* decoding(XLA_FFI_CallFrame* frame) {
-    static auto* const handler = operands_and_results<4, 5>()
+    static auto* const handler = operands_and_results<4, 3>()
                                      .template Attr<DecodeSpec>("spec")
                                      .To(run_decoding, Backend::kTraits)
                                      .release();

@@ -74,6 +74,8 @@ void define_module(nanobind::module_& m) {
       nb::arg("batch"), nb::arg("query_len"), nb::arg("kv_len"), nb::arg("query_heads"),
       nb::arg("kv_heads"),
       "Parts of a group's query heads that the backward works on side by side.");
+  m.def("decode_piece_floats", decode_piece_floats, nb::arg("rows"), nb::arg("value_dim"),
+        "What a thread block that decodes may leave for another, in numbers of float32.");
   m.attr("TOKEN_TILE") = kTokenTile;
   m.attr("HEAD_DIM_TILE") = kHeadDimTile;
   m.attr("SEMAPHORE_ROWS") = kSemaphoreRows;
