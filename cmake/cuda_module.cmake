@@ -24,11 +24,12 @@ function(add_kernels name)
   target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
 
-# One translation unit a launcher and head dim, generated: short compiles, and two cores share the
-# work. cuda/launch/<launcher>_instance.cuh defines the template launch_<launcher> that it instantiates.
+# One translation unit a launcher and head dim (those given last), generated: short compiles, and two
+# cores share the work. cuda/launch/<launcher>_instance.cuh defines the template launch_<launcher>
+# that it instantiates.
 function(generate_instances launcher problem result)
   set(sources "")
-  foreach(head_dim IN LISTS JAX_FLASH2_HEAD_DIMS)
+  foreach(head_dim IN LISTS ARGN)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/${launcher}_hd${head_dim}.cu)
     file(CONFIGURE OUTPUT ${source} @ONLY CONTENT [[
 #include "launch/@launcher@_instance.cuh"
@@ -50,16 +51,17 @@ set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
 
 # The mma.sync kernels, for every GPU since Ampere, and what chooses between the families.
-generate_instances(forward ForwardProblem forward_sources)
-generate_instances(backward BackwardProblem backward_sources)
+generate_instances(forward ForwardProblem forward_sources ${JAX_FLASH2_HEAD_DIMS})
+generate_instances(backward BackwardProblem backward_sources ${JAX_FLASH2_HEAD_DIMS})
+generate_instances(decode DecodeProblem decode_sources ${JAX_FLASH2_DECODE_HEAD_DIMS})
 file(GLOB launch_sources CONFIGURE_DEPENDS cuda/launch/*.cu cuda/launch/*.cc)
 add_kernels(kernels_sm80 ARCHS ${JAX_FLASH2_CUDA_ARCHS}
-            SOURCES ${launch_sources} ${forward_sources} ${backward_sources})
+            SOURCES ${launch_sources} ${forward_sources} ${backward_sources} ${decode_sources})
 
 # The wgmma kernels, which only sm_90a can run. jax_flash2_config.h: kHasSm90.
 if(JAX_FLASH2_HAS_SM90)
-  generate_instances(forward_sm90 ForwardProblem forward_sm90_sources)
-  generate_instances(backward_sm90 BackwardProblem backward_sm90_sources)
+  generate_instances(forward_sm90 ForwardProblem forward_sm90_sources ${JAX_FLASH2_HEAD_DIMS})
+  generate_instances(backward_sm90 BackwardProblem backward_sm90_sources ${JAX_FLASH2_HEAD_DIMS})
   add_kernels(kernels_sm90 ARCHS 90a-real SOURCES ${forward_sm90_sources} ${backward_sm90_sources})
 endif()
 

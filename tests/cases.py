@@ -290,6 +290,9 @@ DECODE = [
     DecodeCase("pages_head_dim_256", (192, 100), page_size=16, h=256, hv=256),
     DecodeCase("pages_missing", (192, 0, 30, 100), page_size=16, missing=0.4, t=3),
     DecodeCase("pages_missing_large", (192, 190), page_size=96, missing=0.5, t=3),
+    DecodeCase(
+        "pages_missing_window", (192, 0, 30, 100), page_size=16, missing=0.4, local_window_size=53
+    ),
     DecodeCase("pages_missing_all", (192, 50), page_size=32, missing=1.0),
     DecodeCase("pages_window", (192, 150, 40), page_size=32, local_window_size=70, t=2),
     DecodeCase("no_queries", (5, 7), t=0),
@@ -305,9 +308,21 @@ DECODE = [
     DecodeCase("scale_negative", (192, 100), scale=-0.3, t=3),
 ]
 
+# Sequences that many thread blocks of a GPU share, and blocks that have parts of many.
+LARGE_DECODE = [
+    DecodeCase("shared_by_many", (20000,), s=20000, n=8, k=2, h=128, hv=128),
+    DecodeCase("shared_by_some", (3000, 5000, 0, 77) * 4, s=5000, n=32, k=8, h=128, hv=128),
+    DecodeCase(
+        "in_pages", (3000, 4992, 0, 77) * 4, s=4992, n=16, k=4, t=3, h=96, hv=96, page_size=48
+    ),
+    DecodeCase("many_rows", (3000, 5000, 0, 77) * 2, s=5000, n=40, k=2, t=4),
+    DecodeCase("heads_that_do_not_divide", (4000, 1, 3000), s=4000, n=20, k=20, h=64),
+    DecodeCase("windows", (20000, 100), s=20000, n=8, k=2, t=2, local_window_size=7000),
+]
+
 CASES = [*SHAPES, *HEADS, *HEAD_DIMS, *MASKS, *LENGTHS, *ZEROS, *VALUES, *RANDOM]
 assert len({case.name for case in CASES + LARGE}) == len(CASES + LARGE)
-assert len({case.name for case in DECODE}) == len(DECODE)
+assert len({case.name for case in DECODE + LARGE_DECODE}) == len(DECODE + LARGE_DECODE)
 
 
 def by_name(*names):

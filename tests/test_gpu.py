@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash2 import _ffi, attention
+from jax_flash2 import _ffi, attention, decode_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -69,3 +69,28 @@ def test_cpu_and_gpu_agree():
     on_gpu = gradient(x, is_causal=True, precision="highest")
     on_cpu = gradient(jax.device_put(x, jax.devices("cpu")[0]), is_causal=True)
     np.testing.assert_allclose(on_gpu, on_cpu, 1e-4, 1e-5)
+
+
+def test_many_steps_of_decoding_in_one_program():
+    """A loop that XLA may run as one CUDA graph: every step finds what the last one left behind."""
+    steps, room = 24, 6000
+    query, keys, values = normal(2, 1, 8, 64), normal(2, room, 2, 64), normal(2, room, 2, 64)
+
+    def step(query, length):
+        lengths = jnp.stack([length, length // 3])
+        return decode_attention(query, keys, values, lengths), None
+
+    lengths = jnp.arange(room - 24 * 200, room, 200, dtype=jnp.int32)[:steps]
+    expected = query
+    for length in lengths:
+        expected, _ = step(expected, length)
+    got = jax.jit(lambda query: jax.lax.scan(step, query, lengths)[0])(query)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_decoding_on_cpu_and_gpu_agrees():
+    query, keys = normal(2, 3, 4, 64, dtype=jnp.float32), normal(2, 3000, 2, 64, dtype=jnp.float32)
+    operands = query, keys, keys, jnp.array([3000, 500], jnp.int32)
+    on_gpu = decode_attention(*operands)
+    on_cpu = decode_attention(*jax.device_put(operands, jax.devices("cpu")[0]))
+    np.testing.assert_allclose(on_gpu, on_cpu, 1e-4, 1e-6)

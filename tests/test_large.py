@@ -3,13 +3,14 @@
 import functools
 
 import battery
+import decode_battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LARGE, by_name
+from cases import LARGE, LARGE_DECODE, by_name
 
-from jax_flash2 import attention
+from jax_flash2 import attention, decode_attention
 
 PLATFORMS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 BATTERY = [
@@ -25,6 +26,24 @@ BATTERY = [
 @pytest.mark.parametrize(("case", "fmt", "platform"), BATTERY)
 def test_battery(case, fmt, platform):
     battery.check(case, fmt, jax.devices(platform)[0])
+
+
+DECODE = [
+    *(
+        pytest.param(case, battery.FORMATS["cpu"][2], "cpu", id=f"cpu-float32-{case}")
+        for case in LARGE_DECODE
+    ),
+    *(
+        pytest.param(case, fmt, "gpu", id=f"gpu-{fmt}-{case}", marks=pytest.mark.gpu)
+        for fmt in battery.FORMATS["cpu"][:3]
+        for case in LARGE_DECODE
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "fmt", "platform"), DECODE)
+def test_decode_battery(case, fmt, platform):
+    decode_battery.check(case, fmt, jax.devices(platform)[0])
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -81,3 +100,25 @@ def test_bitwise_repeats(mode, platform, repeats):
     if mode == "fused":
         del total["dq"]
     assert jax.device_get(total) == dict.fromkeys(total, 0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "repeats"), [("cpu", 30), pytest.param("gpu", 1000, marks=pytest.mark.gpu)]
+)
+def test_decoding_repeats_bitwise(platform, repeats):
+    """Whoever comes last, the shares of a sequence are added in one order."""
+    rng = np.random.default_rng(0)
+    query, keys, values = (
+        rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+        for shape in ((3, 2, 8, 64), (3, 9000, 2, 64), (3, 9000, 2, 64))
+    )
+    operands = query, keys, values, np.array([9000, 100, 5555], np.int32)
+    operands = jax.device_put(operands, jax.devices(platform)[0])
+    step = jax.jit(decode_attention)
+
+    @jax.jit
+    def differing(a, b):
+        return (a != b).sum()
+
+    first = step(*operands)
+    assert sum(int(differing(first, step(*operands))) for _ in range(repeats)) == 0

@@ -69,6 +69,27 @@ JF2_DEVICE uint4 lds_128(uint32_t shared) {
                : "memory");
   return x;
 }
+JF2_DEVICE uint32_t lds_32(uint32_t shared) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
+  return x;
+}
+JF2_DEVICE float4 lds_f32x4(uint32_t shared) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+JF2_DEVICE void sts_128(uint32_t shared, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+JF2_DEVICE void sts_f32(uint32_t shared, float x) {
+  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(shared), "f"(x) : "memory");
+}
 JF2_DEVICE void sts_32(uint32_t shared, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
 }
@@ -157,6 +178,50 @@ JF2_DEVICE int ld_acquire(const int* global) {
 }
 JF2_DEVICE void red_release_add(int* global, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(global), "r"(x) : "memory");
+}
+
+JF2_DEVICE uint64_t ld_acquire(const uint64_t* global) {
+  uint64_t x;
+  asm volatile("ld.global.acquire.gpu.u64 %0, [%1];\n" : "=l"(x) : "l"(global) : "memory");
+  return x;
+}
+JF2_DEVICE void st_release(uint64_t* global, uint64_t x) {
+  asm volatile("st.global.release.gpu.u64 [%0], %1;\n" ::"l"(global), "l"(x) : "memory");
+}
+
+// ---- mbarrier: phases of arrivals
+JF2_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
+               : "memory");
+}
+JF2_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}\n" ::"r"(barrier)
+               : "memory");
+}
+// Arrives when all cp.async that this thread has started so far have landed.
+JF2_DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+// Waits until the phase of parity `parity` has completed; asks again and again.
+JF2_DEVICE void mbarrier_poll(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define JF2_MBARRIER_ASK "mbarrier.try_wait"  // sleeps a while before it says no
+#else
+#define JF2_MBARRIER_ASK "mbarrier.test_wait"
+#endif
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\n" JF2_MBARRIER_ASK
+      ".parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#undef JF2_MBARRIER_ASK
+}
+
+// ---- named barriers: `threads` threads meet
+JF2_DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace jax_flash2::ptx

@@ -10,16 +10,9 @@
 namespace jax_flash2::ptx {
 
 // ---- mbarrier: phases of arrivals and, for the copy engine, of bytes
-JF2_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
-               : "memory");
-}
 // Makes freshly initialised barriers visible to the copy engine.
 JF2_DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-}
-JF2_DEVICE void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 // Arrives once and announces `bytes` that the copy engine will deliver in this phase.
 JF2_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
@@ -108,9 +101,6 @@ JF2_DEVICE uint32_t opaque(uint32_t x) {
 }
 
 // ---- named barriers: `threads` threads meet (sync), or come by without waiting (arrive)
-JF2_DEVICE void barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
 JF2_DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }

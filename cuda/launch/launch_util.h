@@ -60,6 +60,10 @@ inline Status compute_capability_major(int& major) {
 inline Status shared_memory_limit(int& bytes) {
   return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
+// The shared memory that the blocks on a multiprocessor have together.
+inline Status shared_memory_of_multiprocessor(int& bytes) {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(bytes);
+}
 
 // Thread blocks of a persistent kernel: one a multiprocessor, or as many as there are pieces of work.
 // It counts the pieces in an int32, somewhat beyond the last.

@@ -27,13 +27,14 @@ Status select(const BackwardProblem& problem, int major, Selection& selection);
 // "80-real;90-real;80-virtual": machine code of its own major version, else PTX, else "".
 std::string select_code(const std::string& archs, int major, int minor);
 
-// f(head dim) with a selected head dim as a compile-time constant.
-template <size_t kIndex = 0, typename F>
+// f(d) with the smallest d of kDims that is not below the head dim, as a compile-time constant; the
+// largest where all are.
+template <const auto& kDims = kHeadDims, size_t kIndex = 0, typename F>
 Status at_head_dim(int head_dim, const F& f) {
-  if constexpr (kIndex + 1 < std::size(kHeadDims)) {
-    if (head_dim > kHeadDims[kIndex]) return at_head_dim<kIndex + 1>(head_dim, f);
+  if constexpr (kIndex + 1 < std::size(kDims)) {
+    if (head_dim > kDims[kIndex]) return at_head_dim<kDims, kIndex + 1>(head_dim, f);
   }
-  return f(std::integral_constant<int, kHeadDims[kIndex]>());
+  return f(std::integral_constant<int, kDims[kIndex]>());
 }
 
 }  // namespace jax_flash2::gpu

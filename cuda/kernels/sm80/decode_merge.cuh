@@ -1,0 +1,190 @@
+// What becomes of a unit: its results, or, where several thread blocks share it, what each leaves
+// behind and how one puts it together.
+//
+// A block works through its part from front to back. So of a shared unit, the block that has its
+// beginning gets there last, and merges: the others have had their piece first thing. A piece is O,
+// m and l of its rows, in the workspace; then a flag says so. A flag is up when it holds the
+// launch's own random number: no memory has to be cleared before a launch, and who merges takes
+// it down again, for a launch that repeats its number (a CUDA graph).
+#pragma once
+
+#include "device/gemm.cuh"
+#include "kernels/sm80/decode_shared.cuh"
+
+namespace jax_flash2::sm80 {
+
+// The state of a lane's rows g, g + 8, ...: the sum of P V is in accumulators beside it.
+template <int kRows>
+struct RowStates {
+  static constexpr int kCount = kRows / 8;  // of a lane
+  // m of a row that has seen nothing. Finite, so that -inf - m is -inf and not NaN.
+  static constexpr float kLowest = -3.402823466e38f;
+
+  float m[kCount];  // about the maximum of scale_log2 * S: P = 2^(scale_log2 S - m)
+  float l[kCount];  // sum of P
+
+  JF2_DEVICE void clear() {
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) {
+      m[r] = kLowest;
+      l[r] = 0.f;
+    }
+  }
+};
+
+// Brings row r to another m.
+template <int kRows, int kCols>
+JF2_DEVICE void rescale(Accumulators<kRows, kCols>& o, RowStates<kRows>& state, int r, float m) {
+  const float factor = ptx::ex2(state.m[r] - m);
+  state.m[r] = m;
+  state.l[r] *= factor;
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    at(o, r, j, 0) *= factor;
+    at(o, r, j, 1) *= factor;
+  }
+}
+
+// The log-sum-exp of row i, and what its O has to be multiplied with; -inf and 0 where the row sees
+// nothing.
+JF2_DEVICE float inverse_of(float l) { return l != 0.f ? 1.f / l : 0.f; }  // NaN is not 0
+JF2_DEVICE void store_lse(const DecodeProblem& problem, const DecodePlan& plan,
+                          const DecodeRows& rows, int i, float m, float l) {
+  constexpr float kLn2 = 0.693147180559945f;
+  static_cast<float*>(problem.lse)[rows.lse_index(problem.shape, plan, i)] =
+      l != 0.f ? (m + __log2f(l)) * kLn2 : -INFINITY;
+}
+
+// The results of rows that have seen all their keys. The accumulators begin at `col`.
+template <typename Element, int kRows, int kCols>
+JF2_DEVICE void store_results(const DecodeProblem& problem, const DecodePlan& plan,
+                              const DecodeRows& rows, Accumulators<kRows, kCols>& o,
+                              const RowStates<kRows>& state, int col, int thread) {
+  const Shape& shape = problem.shape;
+  const int lane = thread % 32;
+#pragma unroll
+  for (int r = 0; r < RowStates<kRows>::kCount; ++r) {
+    const int i = r * 8 + (lane >> 2);
+    if (i >= rows.count) continue;
+    const float inverse = inverse_of(state.l[r]);
+    Element* const out =
+        static_cast<Element*>(problem.out) + rows.index(shape, plan, i) * shape.value_dim;
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const int c = col + j * 8 + (lane & 3) * 2;
+      if (c >= shape.value_dim) continue;
+      const float x = at(o, r, j, 0) * inverse, y = at(o, r, j, 1) * inverse;
+      if constexpr (sizeof(Element) == 4) {
+        *reinterpret_cast<float2*>(out + c) = make_float2(x, y);
+      } else {
+        *reinterpret_cast<uint32_t*>(out + c) = pack2<Element>(x, y);
+      }
+    }
+    if (thread < 32 && lane % 4 == 0) store_lse(problem, plan, rows, i, state.m[r], state.l[r]);
+  }
+}
+
+// What the block of a part leaves.
+struct Piece {
+  uint64_t* flag;
+  float4* states;  // [rows]: m, l and two that are not used
+  float* out;      // [rows, Hv]
+
+  JF2_DEVICE Piece(const DecodeProblem& problem, unsigned part) {
+    const int rows = min(problem.rows(), kDecodeRows);
+    float* const piece =
+        problem.pieces + int64_t(part) * decode_piece_floats(rows, problem.shape.value_dim);
+    flag = reinterpret_cast<uint64_t*>(piece);
+    states = reinterpret_cast<float4*>(piece + 4);
+    out = piece + 4 + 4 * rows;
+  }
+};
+
+template <int kRows, int kCols>
+JF2_DEVICE void leave_piece(const DecodeProblem& problem, unsigned part,
+                            Accumulators<kRows, kCols>& o, const RowStates<kRows>& state, int rows,
+                            int col, uint64_t number, int thread) {
+  const Piece piece(problem, part);
+  const int lane = thread % 32, value_dim = problem.shape.value_dim;
+#pragma unroll
+  for (int r = 0; r < RowStates<kRows>::kCount; ++r) {
+    const int i = r * 8 + (lane >> 2);
+    if (i >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const int c = col + j * 8 + (lane & 3) * 2;
+      if (c >= value_dim) continue;
+      *reinterpret_cast<float2*>(piece.out + i * value_dim + c) =
+          make_float2(at(o, r, j, 0), at(o, r, j, 1));
+    }
+    if (thread < 32 && lane % 4 == 0)
+      *reinterpret_cast<float2*>(piece.states + i) = make_float2(state.m[r], state.l[r]);
+  }
+  ptx::barrier_sync(1, kDecodeWarps * 32);  // every thread's stores come before the flag
+  if (thread == 0) ptx::st_release(piece.flag, number);
+}
+
+// The results of a block's rows: its own O, m and l in shared memory, and the pieces of the parts
+// after its own up to `last`, in this order. A thread has four columns of a row; its share of as many
+// pieces as there is room for comes to shared memory at once, since all of them are far away.
+template <typename Config>
+JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodeProblem& problem,
+                             const DecodePlan& plan, const DecodeRows& rows, const DecodePart& own,
+                             unsigned last, int thread) {
+  using Element = typename Config::Element;
+  constexpr int kThreads = kDecodeWarps * 32;
+  for (unsigned part = own.index + 1 + thread; part <= last; part += kThreads) {
+    uint64_t* const flag = Piece(problem, own.piece(plan, part)).flag;
+    while (ptx::ld_acquire(flag) != plan.number) {
+    }
+    *flag = 0;
+  }
+  ptx::barrier_sync(1, kThreads);  // all pieces are there
+
+  const int value_dim = problem.shape.value_dim, columns = value_dim / 4;
+  const int at_once = DecodeShared<Config>::pieces_at_once(plan.stages);
+  const uint32_t slot = shared.pieces() + thread * 16, states = slot + at_once * (kThreads * 16);
+  for (int item = thread; item < rows.count * columns; item += kThreads) {
+    const int i = item / columns, c = item % columns * 4;
+    const float2 state = ptx::lds_f32x2(shared.states() + i * 8);
+    float m = state.x, l = state.y;
+    float4 o = ptx::lds_f32x4(shared.o().address(i, c));
+    for (unsigned part = own.index + 1; part <= last; part += at_once) {
+      const int count = min(at_once, int(last + 1 - part));
+      for (int k = 0; k < count; ++k) {
+        const Piece piece(problem, own.piece(plan, part + k));
+        ptx::cp_async_16(slot + k * (kThreads * 16), piece.out + i * value_dim + c, 16);
+        ptx::cp_async_16(states + k * (kThreads * 16), piece.states + i, 16);
+      }
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      const float before = m;
+      for (int k = 0; k < count; ++k) m = fmaxf(m, ptx::lds_f32(states + k * (kThreads * 16)));
+      const float factor = ptx::ex2(before - m);
+      l *= factor;
+      o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) {
+        const float2 s = ptx::lds_f32x2(states + k * (kThreads * 16));
+        const float4 x = ptx::lds_f32x4(slot + k * (kThreads * 16));
+        const float weight = ptx::ex2(s.x - m);
+        l = fmaf(s.y, weight, l);
+        o = make_float4(fmaf(x.x, weight, o.x), fmaf(x.y, weight, o.y), fmaf(x.z, weight, o.z),
+                        fmaf(x.w, weight, o.w));
+      }
+    }
+    const float inverse = inverse_of(l);
+    Element* const out =
+        static_cast<Element*>(problem.out) + rows.index(problem.shape, plan, i) * value_dim + c;
+    if constexpr (sizeof(Element) == 4) {
+      *reinterpret_cast<float4*>(out) =
+          make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
+    } else {
+      *reinterpret_cast<uint2*>(out) = make_uint2(pack2<Element>(o.x * inverse, o.y * inverse),
+                                                  pack2<Element>(o.z * inverse, o.w * inverse));
+    }
+    if (c == 0) store_lse(problem, plan, rows, i, m, l);
+  }
+}
+
+}  // namespace jax_flash2::sm80

@@ -1,0 +1,55 @@
+// Decoding: the tiles of every head dim, and what the launcher derives from a problem. Plain C++.
+#pragma once
+
+#include "core/decode.h"
+#include "core/divisor.h"
+
+namespace jax_flash2::sm80 {
+
+// A tile of keys, K and V together, is 32 KB: few enough barriers for the bytes, and three of them
+// in flight keep a multiprocessor's share of the memory busy.
+inline constexpr int kDecodeStageBytes = 32 * 1024;
+inline constexpr int kDecodeWarps = 4;  // that compute; two more load, K and V
+inline constexpr int kDecodeThreads = (kDecodeWarps + 2) * 32;
+
+struct DecodeTile {
+  int head_dim;
+  int keys;       // of a tile
+  int few_rows;   // the two sizes of a block of rows: that of most calls,
+  int many_rows;  // and that of calls with more rows than that, if it is larger
+};
+
+// float16 and bfloat16.
+inline constexpr DecodeTile kDecodeTiles16[] = {
+    {.head_dim = 64, .keys = 128, .few_rows = 16, .many_rows = 64},
+    {.head_dim = 128, .keys = 64, .few_rows = 16, .many_rows = 64},
+    {.head_dim = 256, .keys = 32, .few_rows = 16, .many_rows = 32},
+};
+
+// float32.
+inline constexpr DecodeTile kDecodeTiles32[] = {
+    {.head_dim = 64, .keys = 64, .few_rows = 16, .many_rows = 32},
+    {.head_dim = 128, .keys = 32, .few_rows = 16, .many_rows = 32},
+    {.head_dim = 256, .keys = 16, .few_rows = 16, .many_rows = 16},
+};
+
+// The row of `head_dim`; one of head dim 0 where there is none.
+template <int kCount>
+constexpr DecodeTile find_tile(const DecodeTile (&tiles)[kCount], int head_dim) {
+  for (const DecodeTile& tile : tiles)
+    if (tile.head_dim == head_dim) return tile;
+  return {};
+}
+
+struct DecodePlan {
+  float scale_log2;     // scale * log2(e)
+  int stages;           // tiles in shared memory, 2 to 4
+  uint64_t number;      // random: by which this launch knows its own pieces (decode_merge.cuh)
+  Divisor group;        // N / K
+  Divisor row_blocks;   // of a key/value head
+  Divisor lanes;        // heads that are worked on side by side: K, or 1
+  Divisor units;        // of a sequence and lane: heads times blocks of rows
+  Divisor page_groups;  // page size / kPageMultiple; 1 without pages
+};
+
+}  // namespace jax_flash2::sm80
