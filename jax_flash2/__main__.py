@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jax_flash2 import __version__, _ffi, attention, which_kernels
+from jax_flash2 import __version__, _ffi, attention, decode_attention, which_kernels
 from jax_flash2._spec import BACKWARD_MODES
 
 # The largest error that a right kernel makes, relative to the largest value. On a GPU, products of
@@ -23,7 +23,7 @@ ALLOWED = {
 def main() -> int:
     print_versions()
     print_kernels()
-    print("\nSelf-check against the definition: largest error of out, LSE, dQ, dK, dV")
+    print("\nSelf-check against the definition: largest error of out, LSE, dQ, dK, dV, decoding")
     failed = [
         f"{device.platform} {dtype}"
         for device in devices_to_check()
@@ -102,12 +102,13 @@ def passes(device, dtype, allowed) -> bool:
 
 
 def self_check(dtype) -> float:
-    """The largest relative error of forward and gradients, with every kind of mask at once."""
+    """The largest relative error of forward, gradients and decoding, with every mask at once."""
     rng = np.random.default_rng(0)
     batch, t, s, n, k, h = 2, 150, 200, 4, 2, 64
     shapes = [(t, n, h), (s, k, h), (s, k, h), (t, n, h), (t, n)]
     *arrays, dlse = (jnp.asarray(rng.standard_normal((batch, *x)), dtype) for x in shapes)
     wide = jnp.promote_types(dtype, jnp.float32)
+    lengths = jnp.array([s - 7, s], jnp.int32)
 
     def evaluate(arrays, **arguments):
         def call(*qkv):
@@ -117,7 +118,7 @@ def self_check(dtype) -> float:
                 query_offset=s - t,
                 local_window_size=(120, 0),
                 query_seq_lengths=jnp.array([t, t - 20], jnp.int32),
-                key_value_seq_lengths=jnp.array([s - 7, s], jnp.int32),
+                key_value_seq_lengths=lengths,
                 return_residual=True,
                 **arguments,
             )
@@ -126,13 +127,30 @@ def self_check(dtype) -> float:
         (out, lse), vjp = jax.vjp(call, *qkv)
         return (out, jnp.where(lse > -jnp.inf, lse, 0), *vjp((dout, dlse.astype(lse.dtype))))
 
-    plain = jax.jit(functools.partial(evaluate, implementation="xla", precision="highest"))
-    expected = plain([x.astype(wide) for x in arrays])
+    def decode(arrays, **arguments):
+        query, *caches = arrays[:3]
+        return decode_attention(
+            query[:, -3:],
+            *caches,
+            lengths,
+            local_window_size=120,
+            return_residual=True,
+            **arguments,
+        )
+
+    def plain(arrays):
+        out = evaluate(arrays, implementation="xla", precision="highest")
+        return *out, *decode(arrays, implementation="xla")
+
+    def kernels(arrays, mode):
+        return *evaluate(arrays, backward=mode), *decode(arrays)
+
+    expected = jax.jit(plain)([x.astype(wide) for x in arrays])
     return max(
         float(jnp.abs(x.astype(wide) - y).max() / jnp.abs(y).max())
         for mode in BACKWARD_MODES
         for x, y in zip(
-            jax.jit(functools.partial(evaluate, backward=mode))(arrays), expected, strict=True
+            jax.jit(functools.partial(kernels, mode=mode))(arrays), expected, strict=True
         )
     )
 
