@@ -6,30 +6,34 @@
 
 namespace jax_flash2::sm80 {
 
-// Where the groups of 16 keys of a tile begin, as rows of k and v seen as [.., K, H] and
-// [.., K, Hv]. Neighbours of a group lie together. -1: the group has no page.
+// The pages of a tile's groups of 16 keys, as the table names them.
 template <int kKeys>
-struct GroupRows {
+struct GroupPages {
   static constexpr int kGroups = kKeys / kPageMultiple;
-  int64_t row[kGroups];
+  int page[kGroups] = {};
 
-  JF2_DEVICE GroupRows(const DecodeProblem& problem, const DecodePlan& plan,
-                       const DecodeCursor<kKeys>& at) {
+  // Of the groups that hold keys which a row sees; the table is read nowhere else.
+  JF2_DEVICE void look_up(const DecodeProblem& problem, const DecodePlan& plan,
+                          const DecodeCursor<kKeys>& at) {
+    if (problem.pages.table == nullptr) return;
+    const int32_t* const table =
+        problem.pages.table + int64_t(at.sequence) * problem.pages.per_sequence;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int key = at.first_key() + g * kPageMultiple;
-      row[g] = int64_t(at.sequence) * problem.shape.kv_len + key;
-      if (problem.pages.table == nullptr) continue;
-      row[g] = 0;
-      if (key >= at.tiles.keys.end || key + kPageMultiple <= at.tiles.keys.begin) continue;
-      const int group = key / kPageMultiple, index = int(plan.page_groups.quotient(group));
-      const int page =
-          problem.pages.table[int64_t(at.sequence) * problem.pages.per_sequence + index];
-      row[g] = unsigned(page) < unsigned(problem.pages.count)
-                   ? int64_t(page) * problem.pages.size +
-                         (group - index * int(plan.page_groups.d)) * kPageMultiple
-                   : -1;
+      const bool seen = key < at.tiles.keys.end && key + kPageMultiple > at.tiles.keys.begin;
+      page[g] = seen ? table[plan.page_groups.quotient(key / kPageMultiple)] : 0;
     }
+  }
+  // Where group g begins, as a row of k and v seen as [.., K, H] and [.., K, Hv]. Neighbours of a
+  // group lie together. -1: the group has no page.
+  JF2_DEVICE int64_t row(const DecodeProblem& problem, const DecodePlan& plan,
+                         const DecodeCursor<kKeys>& at, int g) const {
+    const int key = at.first_key() + g * kPageMultiple;
+    if (problem.pages.table == nullptr) return int64_t(at.sequence) * problem.shape.kv_len + key;
+    if (unsigned(page[g]) >= unsigned(problem.pages.count)) return -1;
+    return int64_t(page[g]) * problem.pages.size +
+           int(plan.page_groups.remainder(key / kPageMultiple)) * kPageMultiple;
   }
 };
 
@@ -49,12 +53,17 @@ JF2_DEVICE void run_loader(const DecodeShared<Config>& shared, const DecodeProbl
   const Element* const from =
       static_cast<const Element*>(side == 0 ? problem.k : problem.v) + walk.row * stride + walk.col;
 
-  DecodeCursor<kKeys> at(problem, part.sequence, part.offset);
+  DecodeCursor<kKeys> next(problem, part.sequence, part.offset);
+  GroupPages<kKeys> next_pages;
+  next_pages.look_up(problem, plan, next);
   StageRing ring;
   for (int n = 0; n < part.count; ++n, ring.advance(plan.stages)) {
-    // Looked up while the stages are still full.
-    if (n > 0) at.advance(problem, plan);
-    const GroupRows<kKeys> rows(problem, plan, at);
+    const DecodeCursor<kKeys> at = next;
+    const GroupPages<kKeys> pages = next_pages;
+    if (n + 1 < part.count) {  // looked up a tile ahead, since the table is far away
+      next.advance(problem, plan);
+      next_pages.look_up(problem, plan, next);
+    }
     const Element* const from_head = from + part.kv_head(plan, at.unit) * dim;
     const int first = at.first_key() + walk.row - at.tiles.keys.begin;
     const unsigned seen = at.tiles.keys.end - at.tiles.keys.begin;
@@ -64,13 +73,14 @@ JF2_DEVICE void run_loader(const DecodeShared<Config>& shared, const DecodeProbl
     const uint32_t to[2] = {tile.address(walk.row, walk.col), tile.address(walk.row + 4, walk.col)};
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
+      const int64_t first_row = pages.row(problem, plan, at, g);
       if (problem.pages.table != nullptr && side == 0 && lane == 0) {
-        shared.set_missing(ring.stage, g, rows.row[g] < 0);
+        shared.set_missing(ring.stage, g, first_row < 0);
       }
-      const Element* row = from_head + (rows.row[g] < 0 ? 0 : rows.row[g]) * stride;
+      const Element* row = from_head + (first_row < 0 ? 0 : first_row) * stride;
 #pragma unroll
       for (int r = g * kPageMultiple; r < (g + 1) * kPageMultiple; r += 4, row += 4 * stride) {
-        const bool inside = rows.row[g] >= 0 && unsigned(first + r) < seen;
+        const bool inside = first_row >= 0 && unsigned(first + r) < seen;
 #pragma unroll
         for (int c = 0; c < KvTile::kCols; c += Walk::kPanelCols) {
           ptx::cp_async_16(KvTile::step(to[r / 4 % 2], r / 8 * 8, c), row + c,
