@@ -90,10 +90,12 @@ struct Piece {
   float4* states;  // [rows]: m, l and two that are not used
   float* out;      // [rows, Hv]
 
+  JF2_DEVICE static int64_t floats(const DecodeProblem& problem) {
+    return decode_piece_floats(min(problem.rows(), kDecodeRows), problem.shape.value_dim);
+  }
   JF2_DEVICE Piece(const DecodeProblem& problem, unsigned part) {
     const int rows = min(problem.rows(), kDecodeRows);
-    float* const piece =
-        problem.pieces + int64_t(part) * decode_piece_floats(rows, problem.shape.value_dim);
+    float* const piece = problem.pieces + part * floats(problem);
     flag = reinterpret_cast<uint64_t*>(piece);
     states = reinterpret_cast<float4*>(piece + 4);
     out = piece + 4 + 4 * rows;
@@ -124,15 +126,27 @@ JF2_DEVICE void leave_piece(const DecodeProblem& problem, unsigned part,
   if (thread == 0) ptx::st_release(piece.flag, number);
 }
 
+JF2_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+JF2_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
 // The results of a block's rows: its own O, m and l in shared memory, and the pieces of the parts
-// after its own up to `last`, in this order. A thread has four columns of a row; its share of as many
-// pieces as there is room for comes to shared memory at once, since all of them are far away.
+// after its own up to `last`, in this order. They are far away, so that little of this may wait for
+// anything else: a warp takes 128 columns of a row, four a lane, and 32 pieces at a time, of which
+// each lane knows one's m and l.
 template <typename Config>
 JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodeProblem& problem,
                              const DecodePlan& plan, const DecodeRows& rows, const DecodePart& own,
                              unsigned last, int thread) {
   using Element = typename Config::Element;
-  constexpr int kThreads = kDecodeWarps * 32;
+  constexpr int kThreads = kDecodeWarps * 32, kAtOnce = 16;
   for (unsigned part = own.index + 1 + thread; part <= last; part += kThreads) {
     uint64_t* const flag = Piece(problem, own.piece(plan, part)).flag;
     while (ptx::ld_acquire(flag) != plan.number) {
@@ -141,38 +155,52 @@ JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodePro
   }
   ptx::barrier_sync(1, kThreads);  // all pieces are there
 
-  const int value_dim = problem.shape.value_dim, columns = value_dim / 4;
-  const int at_once = DecodeShared<Config>::pieces_at_once(plan.stages);
-  const uint32_t slot = shared.pieces() + thread * 16, states = slot + at_once * (kThreads * 16);
-  for (int item = thread; item < rows.count * columns; item += kThreads) {
-    const int i = item / columns, c = item % columns * 4;
+  constexpr int kSpan = 128, kSpans = (Config::kHeadDim + kSpan - 1) / kSpan;
+  const int warp = thread / 32, lane = thread % 32, value_dim = problem.shape.value_dim;
+  for (int task = warp; task < rows.count * kSpans; task += kDecodeWarps) {
+    const int i = task / kSpans, c = task % kSpans * kSpan + lane * 4;
+    const bool inside = c < value_dim;
     const float2 state = ptx::lds_f32x2(shared.states() + i * 8);
     float m = state.x, l = state.y;
-    float4 o = ptx::lds_f32x4(shared.o().address(i, c));
-    for (unsigned part = own.index + 1; part <= last; part += at_once) {
-      const int count = min(at_once, int(last + 1 - part));
-      for (int k = 0; k < count; ++k) {
-        const Piece piece(problem, own.piece(plan, part + k));
-        ptx::cp_async_16(slot + k * (kThreads * 16), piece.out + i * value_dim + c, 16);
-        ptx::cp_async_16(states + k * (kThreads * 16), piece.states + i, 16);
-      }
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-      const float before = m;
-      for (int k = 0; k < count; ++k) m = fmaxf(m, ptx::lds_f32(states + k * (kThreads * 16)));
-      const float factor = ptx::ex2(before - m);
-      l *= factor;
-      o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) {
-        const float2 s = ptx::lds_f32x2(states + k * (kThreads * 16));
-        const float4 x = ptx::lds_f32x4(slot + k * (kThreads * 16));
-        const float weight = ptx::ex2(s.x - m);
-        l = fmaf(s.y, weight, l);
-        o = make_float4(fmaf(x.x, weight, o.x), fmaf(x.y, weight, o.y), fmaf(x.z, weight, o.z),
-                        fmaf(x.w, weight, o.w));
+    const int col = inside ? c : 0;
+    float4 o = ptx::lds_f32x4(shared.o().address(i, col));
+    for (unsigned first = own.index + 1; first <= last; first += 32) {
+      const int count = min(32, int(last + 1 - first));
+      const Piece piece(problem, own.piece(plan, first));
+      const int64_t step = Piece::floats(problem) * plan.lanes.d;  // to the next part's
+      const float* state_at = reinterpret_cast<const float*>(piece.states + i);
+      const float2 s =
+          __ldcg(reinterpret_cast<const float2*>(state_at + min(lane, count - 1) * step));
+      const float* at = piece.out + i * value_dim + col;
+      float weight = 0.f;
+#pragma unroll 1
+      for (int begin = 0; begin < count; begin += kAtOnce) {
+        float4 x[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          x[k] = __ldcg(reinterpret_cast<const float4*>(at));
+          if (begin + k + 1 < count) at += step;  // else once more the last
+        }
+        if (begin == 0) {
+          const float before = m;
+          m = fmaxf(m, warp_max(s.x));
+          const float factor = ptx::ex2(before - m);
+          o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+          weight = ptx::ex2(s.x - m);
+          l = l * factor + warp_sum(lane < count ? s.y * weight : 0.f);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const float w = __shfl_sync(~0u, weight, begin + k);
+          if (begin + k < count) {
+            o = make_float4(fmaf(x[k].x, w, o.x), fmaf(x[k].y, w, o.y), fmaf(x[k].z, w, o.z),
+                            fmaf(x[k].w, w, o.w));
+          }
+        }
       }
     }
+    if (lane == 0 && c == 0) store_lse(problem, plan, rows, i, m, l);
+    if (!inside) continue;
     const float inverse = inverse_of(l);
     Element* const out =
         static_cast<Element*>(problem.out) + rows.index(problem.shape, plan, i) * value_dim + c;
@@ -183,7 +211,6 @@ JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodePro
       *reinterpret_cast<uint2*>(out) = make_uint2(pack2<Element>(o.x * inverse, o.y * inverse),
                                                   pack2<Element>(o.z * inverse, o.w * inverse));
     }
-    if (c == 0) store_lse(problem, plan, rows, i, m, l);
   }
 }
 

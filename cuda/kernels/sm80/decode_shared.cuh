@@ -29,7 +29,7 @@ template <typename Config>
 struct DecodeShared {
   using Element = typename Config::Element;
   static constexpr int kRows = Config::kRows, kKeys = Config::kKeys;
-  static constexpr int kMaxStages = 4, kGroups = kKeys / kPageMultiple;
+  static constexpr int kMaxStages = 6, kGroups = kKeys / kPageMultiple;
   static constexpr int kPCols = sizeof(Element) == 4 && kKeys < 32 ? 32 : kKeys;  // 128 bytes a row
   using QTile = SmemTile<Element, kRows, Config::kHeadDim>;
   using PTile = SmemTile<Element, kRows, kPCols>;
@@ -46,23 +46,17 @@ struct DecodeShared {
   static_assert(kBarriers % 8 == 0, "barriers are words of 8 bytes");
   static_assert(kP % 1024 == 0 && kExchange % 1024 == 0 && KvTile::kBytes % 1024 == 0,
                 "the swizzle wants every tile aligned to 1024 bytes");
-  // Of a piece a thread has 16 bytes of O, and 16 for m and l.
-  static constexpr int kPieceBytes = kDecodeWarps * 32 * 32;
-  static_assert(OTile::kBytes + kRows * 8 + 4 * kPieceBytes <= 2 * kDecodeStageBytes,
-                "a block's own results and some pieces have room in the stages");
+  static_assert(OTile::kBytes + kRows * 8 <= 2 * kDecodeStageBytes,
+                "a block's own results have room in the stages");
 
   uint32_t base;
   JF2_DEVICE QTile q() const { return {base}; }
   JF2_DEVICE PTile p() const { return {base + kP}; }
   JF2_DEVICE KvTile k(int stage) const { return {base + kStages + stage * kDecodeStageBytes}; }
   JF2_DEVICE KvTile v(int stage) const { return {k(stage).base + KvTile::kBytes}; }
-  // Where no tile is under way any more: a block's own O, m and l, and room for pieces.
+  // Where no tile is under way any more: a block's own O, m and l.
   JF2_DEVICE OTile o() const { return {base + kStages}; }
   JF2_DEVICE uint32_t states() const { return base + kStages + OTile::kBytes; }
-  JF2_DEVICE uint32_t pieces() const { return states() + kRows * 8; }
-  static JF2_DEVICE int pieces_at_once(int stages) {
-    return (stages * kDecodeStageBytes - OTile::kBytes - kRows * 8) / kPieceBytes;
-  }
 
   // A number of every computing warp for every row, from each to all.
   JF2_DEVICE void give(int row, int warp, float x) const {
