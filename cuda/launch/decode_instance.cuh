@@ -27,7 +27,10 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
   const auto stages_in = [](int bytes) {
     return (bytes - Shared::bytes(0)) / sm80::kDecodeStageBytes;
   };
-  int blocks = Config::kBlocks;
+  const int64_t most_keys =
+      std::min(int64_t{shape.kv_len}, int64_t{problem.window_left} + shape.query_len);
+  const bool alone = problem.pages.table == nullptr && most_keys >= Config::kTile.alone_from;
+  int blocks = alone ? 1 : Config::kBlocks;
   int stages = stages_in(std::min(block_limit, multiprocessor_bytes / blocks - 1024));
   if (stages < 2) blocks = 1, stages = stages_in(block_limit);
 

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <mutex>
 #include <string>
 
 #include "core/status.h"
@@ -21,20 +22,6 @@ inline Status cuda_status(cudaError_t error, const char* what) {
   return Status::internal(std::string("jax_flash2: ") + what + ": " + cudaGetErrorName(error) +
                           ": " + cudaGetErrorString(error));
 }
-
-// The devices on which something was done already. Beyond its capacity it is simply done again.
-class OncePerDevice {
- public:
-  bool done(int device) const { return in_range(device) && flags_[device].load(); }
-  void set(int device) {
-    if (in_range(device)) flags_[device].store(true);
-  }
-
- private:
-  static constexpr int kMaxDevices = 64;
-  static bool in_range(int device) { return device >= 0 && device < kMaxDevices; }
-  std::array<std::atomic<bool>, kMaxDevices> flags_ = {};
-};
 
 // A positive attribute of the current device, asked once a device.
 template <cudaDeviceAttr kAttribute>
@@ -86,9 +73,24 @@ struct LaunchConfig {
   cudaStream_t stream;
 };
 
-// Launches kKernel on a one-dimensional grid; no blocks, no launch. The kernel's limit of dynamic
-// shared memory is raised the first time it runs on a device (a CUDA graph being captured allows
-// it).
+// Lets kKernel ask for so much dynamic shared memory on a device. The limit is only ever raised, and
+// beyond the capacity simply set again.
+template <auto kKernel>
+Status raise_shared_memory(int device, int bytes) {
+  static std::array<std::atomic<int>, 64> raised = {};
+  static std::mutex one_at_a_time;
+  const bool known = device >= 0 && device < static_cast<int>(raised.size());
+  if (known && bytes <= raised[device].load()) return {};
+  const std::lock_guard lock(one_at_a_time);
+  if (known && bytes <= raised[device].load()) return {};
+  Status s = cuda_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                         "raising a kernel's shared memory limit");
+  if (s.ok() && known) raised[device].store(bytes);
+  return s;
+}
+
+// Launches kKernel on a one-dimensional grid; no blocks, no launch. A CUDA graph may be capturing.
 template <auto kKernel, typename... Args>
 Status launch(const LaunchConfig& config, const Args&... args) {
   if (config.blocks == 0) return {};
@@ -97,17 +99,9 @@ Status launch(const LaunchConfig& config, const Args&... args) {
                                     std::to_string(config.blocks) +
                                     " thread blocks, a grid holds 2**31 - 1: split the batch");
   }
-  static OncePerDevice prepared;
   int device = 0;
   if (Status s = cuda_status(cudaGetDevice(&device), "cudaGetDevice"); !s.ok()) return s;
-  if (!prepared.done(device)) {
-    Status s = cuda_status(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes),
-        "raising a kernel's shared memory limit");
-    if (!s.ok()) return s;
-    prepared.set(device);
-  }
+  if (Status s = raise_shared_memory<kKernel>(device, config.shared_bytes); !s.ok()) return s;
   cudaLaunchConfig_t launch_config = {};
   launch_config.gridDim = dim3(static_cast<unsigned>(config.blocks));
   launch_config.blockDim = dim3(static_cast<unsigned>(config.threads));

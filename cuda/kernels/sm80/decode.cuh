@@ -53,8 +53,19 @@ JF2_DEVICE float row_max(Accumulators<kRows, kKeys>& s, int r) {
   return quad_max(m);
 }
 
+// Blocks of a multiprocessor, for which ptxas has to leave registers. On sm_86 and sm_89 shared memory
+// holds no second one.
 template <typename Config>
-__global__ void __launch_bounds__(kDecodeThreads, Config::kBlocks)
+constexpr int resident_blocks() {
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890
+  return 1;
+#else
+  return Config::kBlocks;
+#endif
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     decode_kernel(const __grid_constant__ DecodeProblem problem,
                   const __grid_constant__ DecodePlan plan) {
   using Math = typename Config::Math;
@@ -92,12 +103,12 @@ __global__ void __launch_bounds__(kDecodeThreads, Config::kBlocks)
   RowStates<kRows> state;
   DecodeCursor<kKeys> here(problem, part.sequence, part.offset);
   DecodeRows rows(problem, plan, part, here.sequence, here.unit, kRows);
-  bool begins = here.tile == 0;  // this block has the beginning of the unit
+  bool begins = false;  // this block has the beginning of the unit
+  bool turns = true;    // to rows that it has not seen yet
   StageRing ring;
 
-  for (int n = 0; n < part.count; ++n, ring.advance(plan.stages)) {
-    if (n > 0) here.advance(problem, plan);
-    if (n == 0 || here.tile == 0) {
+  for (int left = part.count;; ring.advance(plan.stages)) {
+    if (turns) {
       // 3: no warp reads the last Q any more, since all have met after it.
       rows = DecodeRows(problem, plan, part, here.sequence, here.unit, kRows);
       begins = here.tile == 0;
@@ -172,24 +183,28 @@ __global__ void __launch_bounds__(kDecodeThreads, Config::kBlocks)
 
     // 8
     const bool ends = here.ends_unit();
-    if (!ends && n + 1 < part.count) continue;
+    if (ends || left == 1) {
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const float l = quad_sum(state.l[r]);
-      if (lane % 4 == 0) shared.give(r * 8 + (lane >> 2), warp, l);
-    }
-    meet();  // the sums are there
+      for (int r = 0; r < kLaneRows; ++r) {
+        const float l = quad_sum(state.l[r]);
+        if (lane % 4 == 0) shared.give(r * 8 + (lane >> 2), warp, l);
+      }
+      meet();  // the sums are there
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const float4 x = shared.take(r * 8 + (lane >> 2));
-      state.l[r] = (x.x + x.y) + (x.z + x.w);
+      for (int r = 0; r < kLaneRows; ++r) {
+        const float4 x = shared.take(r * 8 + (lane >> 2));
+        state.l[r] = (x.x + x.y) + (x.z + x.w);
+      }
+      if (begins && ends) {
+        store_results<Element>(problem, plan, rows, o, state, col, thread);
+      } else if (!begins) {
+        leave_piece(problem, part.piece(plan, part.index), o, state, rows.count, col, plan.number,
+                    thread);
+      }
     }
-    if (begins && ends) {
-      store_results<Element>(problem, plan, rows, o, state, col, thread);
-    } else if (!begins) {
-      leave_piece(problem, part.piece(plan, part.index), o, state, rows.count, col, plan.number,
-                  thread);
-    }
+    if (--left == 0) break;
+    here.advance(problem, plan);
+    turns = here.tile == 0;
   }
 
   if (!begins || here.ends_unit()) return;

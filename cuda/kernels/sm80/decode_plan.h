@@ -17,12 +17,16 @@ struct DecodeTile {
   int keys;       // of a tile
   int few_rows;   // the two sizes of a block of rows: that of most calls,
   int many_rows;  // and that of calls with more rows than that, if it is larger
+  // Sequences with room for so many keys, not in pages, are read faster by one block a
+  // multiprocessor, as far ahead as there is room, than by two, which drift apart; shorter ones need
+  // two, of which one goes on while the other turns to new rows.
+  int alone_from = INT32_MAX;
 };
 
 // float16 and bfloat16.
 inline constexpr DecodeTile kDecodeTiles16[] = {
     {.head_dim = 64, .keys = 128, .few_rows = 16, .many_rows = 64},
-    {.head_dim = 128, .keys = 64, .few_rows = 16, .many_rows = 64},
+    {.head_dim = 128, .keys = 64, .few_rows = 16, .many_rows = 64, .alone_from = 4096},
     {.head_dim = 256, .keys = 32, .few_rows = 16, .many_rows = 32},
 };
 
@@ -43,7 +47,7 @@ constexpr DecodeTile find_tile(const DecodeTile (&tiles)[kCount], int head_dim) 
 
 struct DecodePlan {
   float scale_log2;     // scale * log2(e)
-  int stages;           // tiles in shared memory, 2 to 4
+  int stages;           // tiles in shared memory, 2 to 6
   uint64_t number;      // random: by which this launch knows its own pieces (decode_merge.cuh)
   Divisor group;        // N / K
   Divisor row_blocks;   // of a key/value head
