@@ -4,7 +4,7 @@
 //   1 A persistent thread block takes key blocks (block_k keys of one K/V head, with the query heads of
 //     its group or a part of them) from a queue until it is empty.
 //   2 The first warpgroup loads K and V of the block, and Q, dO, LSE and D of one step after the other:
-//     a step is a query tile of a head that sees the keys, last rows first.
+//     a step is a query tile that sees the keys, first rows first, for one head after the other.
 //   3 The other two own 64 keys each (backward_keys.cuh). Their scores are transposed, a row a key, so
 //     that P^T and dS^T are operands as they stand, and only dS leaves the registers, for dQ:
 //     a  S^T = K Q^T - LSE / scale, the last term by a product with ones. P = exp(scale S); hide what

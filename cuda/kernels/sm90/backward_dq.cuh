@@ -8,18 +8,18 @@
 
 namespace jax_flash2::sm90 {
 
-// Walks over the steps of a key block: its heads, and of each the query tiles from the last to the
-// first.
+// Walks over the steps of a key block: its query tiles from the first to the last, and of each its
+// heads, so that blocks of one group that run at a time are on the same queries.
 struct StepCursor {
-  int slot = 0, tiles = 0, head = 0, tile = 0, left = 0;
+  int slot = 0, heads = 0, head = 0, tile = 0, left = 0;
 
   JF2_DEVICE void start(const KeyBlock* blocks, int at) {
-    slot = at, head = 0, tiles = ptx::uniform(blocks[at].live ? blocks[at].tiles : 0);
-    tile = tiles - 1, left = tiles * ptx::uniform(blocks[at].heads);
+    slot = at, head = 0, tile = 0, heads = ptx::uniform(blocks[at].heads);
+    left = heads * ptx::uniform(blocks[at].live ? blocks[at].tiles : 0);
   }
   JF2_DEVICE void advance() {
     --left;
-    if (--tile < 0) tile = tiles - 1, ++head;
+    if (++head == heads) head = 0, ++tile;
   }
 };
 
@@ -67,26 +67,19 @@ struct BackwardLoader {
       ptx::tma_load_4d(shared + panel * panel_bytes, map, full, panel * kPanelCols, head, row,
                        batch);
   }
-  // K and V of the block that was opened last: nobody reads their buffers any more.
-  JF2_DEVICE void load_kv() const {
+  // K or V of the block that was opened last, to a tile that nobody reads any more.
+  JF2_DEVICE void load_keys(typename Smem::KV tile, const CUtensorMap* map, uint32_t full) const {
     using KV = typename Smem::KV;
     if (!leads()) return;
-    const int slot = record.slot() ^ 1;
-    const uint32_t k_full = smem.k_full(slot), v_full = smem.v_full(slot);
-    const KeyBlock& block = smem.blocks[slot];
-    if (!block.live || block.tiles == 0) {
-      ptx::mbarrier_arrive(k_full);
-      ptx::mbarrier_arrive(v_full);
-      return;
-    }
-    const int key = block.key_block * kTiles.block_k();
-    ptx::mbarrier_arrive_expect_tx(k_full, KV::kBytes);
-    load(smem.k().base, KV::kPanelBytes, KV::kPanels, k_map, k_full, block.kv_head, key,
-         block.batch);
-    ptx::mbarrier_arrive_expect_tx(v_full, KV::kBytes);
-    load(smem.v().base, KV::kPanelBytes, KV::kPanels, v_map, v_full, block.kv_head, key,
-         block.batch);
+    const KeyBlock& block = smem.blocks[opened()];
+    if (!block.live || block.tiles == 0) return ptx::mbarrier_arrive(full);
+    ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
+    load(tile.base, KV::kPanelBytes, KV::kPanels, map, full, block.kv_head,
+         block.key_block * kTiles.block_k(), block.batch);
   }
+  JF2_DEVICE int opened() const { return record.slot() ^ 1; }
+  JF2_DEVICE void load_k() const { load_keys(smem.k(opened()), k_map, smem.k_full(opened())); }
+  JF2_DEVICE void load_v() const { load_keys(smem.v(opened()), v_map, smem.v_full(opened())); }
   // Q, dO, LSE and D of the next step, into a stage that is empty.
   JF2_DEVICE void load_step() {
     using Q = typename Smem::Q;
@@ -115,9 +108,11 @@ struct BackwardLoader {
     next.advance();
     ++waiting;
   }
-  JF2_DEVICE void open_after(int slot) { open(smem.blocks[slot].next); }
   // Is the block that follows the one in `slot` open?
   JF2_DEVICE bool is_open_after(int slot) const { return next.slot != slot; }
+  JF2_DEVICE void open_after(int slot) {
+    if (!is_open_after(slot)) open(smem.blocks[slot].next);
+  }
   // While the block in `slot` is in hand: fills the stages.
   JF2_DEVICE void load_ahead(int slot) {
 #pragma unroll 1
@@ -150,7 +145,7 @@ struct DqWarp {
     float* const sums = dq_lane(
         p.dq_accum + (padded_row<kTiles>(p, block, now) + warp * 16) * padded_dim, thread % 32);
     const uint32_t ds = ptx::opaque(smem.ds(buffer).outer_major());
-    const uint32_t k = ptx::opaque(smem.k().outer_major());
+    const uint32_t k = ptx::opaque(smem.k(now.slot).outer_major());
     constexpr int kParts = kTiles.block_q / 64 * (kTiles.head_dim / kTiles.dq_cols);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -195,9 +190,15 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
     if (BackwardLoader<kTiles>::leads()) ptx::mbarrier_arrive(barrier);
   };
 
+  auto next_k = [&]() __attribute__((always_inline)) {
+    loader.open_after(record.slot());
+    loader.load_k();
+  };
+
   if (loads) {
     loader.open(blockIdx.x);
-    loader.load_kv();
+    loader.load_k();
+    loader.load_v();
   }
 #pragma unroll 1
   while (true) {
@@ -206,21 +207,23 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
     if (!block.live) break;
     StepCursor now;
     now.start(smem.blocks, record.slot());
+    const bool has_steps = now.left > 0;
 #pragma unroll 1
     for (; now.left > 0; now.advance()) {
       if (loads) loader.load_ahead(record.slot());
       ptx::mbarrier_wait(smem.ds_full(ds.slot()), ds.parity());
+      if (loads && now.left == 1) next_k();  // consumers multiplied with V for the last time
       work.add_step(block, now, ds.slot(),
                     [&]() __attribute__((always_inline)) { arrive(smem.ds_empty(ds.slot())); });
       ds.advance();
       --loader.waiting;
     }
-    // K and V are free: consumers multiplied their last dS with them, and this warpgroup its dQ.
+    // K is free too: this warpgroup multiplied its last dQ with it.
     ptx::barrier_sync(kFirstWarpgroup, 128);
     arrive(smem.block_empty(record.slot()));
     if (loads) {
-      if (!loader.is_open_after(record.slot())) loader.open_after(record.slot());
-      loader.load_kv();
+      if (!has_steps) next_k();
+      loader.load_v();
     }
     record.advance();
   }

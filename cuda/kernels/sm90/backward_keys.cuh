@@ -22,10 +22,11 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
+    const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
-    int tile = tiles - 1;  // of the step whose S or P is in hand
-    bool cut = false;      // does the band cut it?
+    const int slot = ptx::uniform(record.slot());
+    int head = 0, tile = 0;  // of the step whose S or P is in hand
+    bool cut = false;        // does the band cut it?
     c.zero(dk);
     c.zero(dv);
 
@@ -35,7 +36,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.clear_padding(block, row(), stage.slot());
       cut = c.is_cut(block, row());
       c.take_turn();
-      c.issue_scores(smem.k(), smem.q(stage.slot()), smem.lse(stage.slot()));
+      c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
     };
     auto take_s = [&]() __attribute__((always_inline)) {
       c.pin(c.x);
@@ -48,7 +49,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
       const int now = stage.slot();
       c.take_turn();
-      c.issue_scores(smem.v(), smem.dout(now), smem.delta(now));
+      c.issue_scores(smem.v(slot), smem.dout(now), smem.delta(now));
       c.issue_gradient(dv, c.packed_p, smem.dout(now));
       c.pass_turn();
       ptx::wgmma_wait<0>();
@@ -64,7 +65,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       ds.advance();
       stage.advance();
       if constexpr (!kLast) {
-        tile = tile == 0 ? tiles - 1 : tile - 1;
+        if (++head == heads) head = 0, ++tile;
         issue_s();
       } else {
         c.take_turn();
@@ -81,12 +82,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     };
 
     if (steps > 0) {
-      ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
-      c.clear_padding(block);
+      c.clear_padding(block, record);
       issue_s();
       c.pass_turn();
       ptx::wgmma_wait<0>();
       take_s();
+      ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
 #pragma unroll 1
       for (int left = steps; left > 1; --left) step.template operator()<false>();
       step.template operator()<true>();

@@ -23,9 +23,10 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    const int tiles = ptx::uniform(block.tiles), steps = tiles * ptx::uniform(block.heads);
+    const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
-    int tile = tiles - 1;  // of the step whose S or dP is in hand
+    const int slot = ptx::uniform(record.slot());
+    int head = 0, tile = 0;  // of the step whose S or dP is in hand
     c.zero(d);
 
     auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
@@ -34,9 +35,9 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
       c.clear_padding(block, row(), stage.slot());
       if constexpr (kHasP) {
-        c.issue_scores(smem.k(), smem.q(stage.slot()), smem.lse(stage.slot()));
+        c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
       } else {
-        c.issue_scores(smem.v(), smem.dout(stage.slot()), smem.delta(stage.slot()));
+        c.issue_scores(smem.v(slot), smem.dout(stage.slot()), smem.delta(stage.slot()));
       }
     };
     // It has arrived: P or dS, in float32.
@@ -84,8 +85,8 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     };
 
     if (steps > 0) {
-      ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
-      c.clear_padding(block);
+      c.clear_padding(block, record);
+      if constexpr (!kHasP) ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       issue();
       ptx::wgmma_wait<0>();
       take();
@@ -94,7 +95,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       for (int left = steps; left > 1; --left) {
         const int now = stage.slot();
         stage.advance();
-        tile = tile == 0 ? tiles - 1 : tile - 1;
+        if (++head == heads) head = 0, ++tile;
         issue_gradient(now);
         issue();
         end_step(now);

@@ -95,9 +95,7 @@ struct BackwardSmem {
   using Terms = PanelTile<16, kTiles.block_q>;                 // a row a term of LSE or D
   static constexpr bool kSharesMatrices = kTiles.share == Share::kMatrices;
   static constexpr int kDsBuffers = 2;
-  static constexpr int kK = 0;
-  static constexpr int kV = kK + KV::kBytes;
-  static constexpr int kQ = kV + KV::kBytes;
+  static constexpr int kQ = 2 * KV::kBytes;
   static constexpr int kDout = kQ + kTiles.stages * Q::kBytes;
   static constexpr int kDs = kDout + kTiles.stages * Q::kBytes;
   static constexpr int kP = kDs + kDsBuffers * Scores::kBytes;
@@ -114,8 +112,10 @@ struct BackwardSmem {
   uint32_t base;     // shared address, aligned to 1024 bytes
   KeyBlock* blocks;  // [KeyBlock::kSlots]
 
-  JF2_DEVICE KV k() const { return {base + kK}; }
-  JF2_DEVICE KV v() const { return {base + kV}; }
+  // K and V of the key block in a slot. The two tiles change roles from block to block: the last is
+  // done with its V first, and the next needs its K first.
+  JF2_DEVICE KV k(int slot) const { return {base + slot * KV::kBytes}; }
+  JF2_DEVICE KV v(int slot) const { return k(slot ^ 1); }
   JF2_DEVICE Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
   JF2_DEVICE Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
   JF2_DEVICE Scores ds(int buffer) const { return {base + kDs + buffer * Scores::kBytes}; }

@@ -166,13 +166,15 @@ struct KeyWarp {
     clear_rows(smem.dout(stage), live);
     cleared();
   }
-  JF2_DEVICE void clear_padding(const KeyBlock& block) const {
+  JF2_DEVICE void clear_padding(const KeyBlock& block,
+                                const RingPlace<KeyBlock::kSlots>& record) const {
     const int key = block.key_block * kTiles.block_k();
     const Range live = {block.keys.begin - key, block.keys.end - key};
     if (live.begin <= 0 && (live.end >= kTiles.block_k() || block.keys.end == p.shape.kv_len))
       return;
-    clear_rows(smem.k(), live);
-    clear_rows(smem.v(), live);
+    ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
+    clear_rows(smem.k(record.slot()), live);
+    clear_rows(smem.v(record.slot()), live);
     cleared();
   }
 
