@@ -146,6 +146,17 @@ VALUES = [
     _same_length("peaked_40", 200, amplitude=40.0),
     _same_length("peaked_150", 200, amplitude=150.0, **_CAUSAL),
     _same_length("peaked_150_window", 200, amplitude=150.0, local_window_size=30),
+    # Scores that outgrow float16 under the maximum of the first block, then a greater maximum.
+    _same_length(
+        "peaked_6_window",
+        600,
+        batch=(1,),
+        n=6,
+        k=6,
+        h=256,
+        amplitude=6.0,
+        local_window_size=(250, 20),
+    ),
     _same_length("scale_given", 70, scale=0.4),
     _same_length("scale_zero", 70, scale=0.0, **_CAUSAL),
     _same_length("scale_negative", 70, scale=-0.3, **_CAUSAL),

@@ -153,6 +153,12 @@ JF2_DEVICE float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x to 1 ulp.
+JF2_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
 // float32 rounded to the nearest TF32 (10 stored mantissa bits), ties away from zero.
 JF2_DEVICE uint32_t cvt_rna_tf32(float x) {
   uint32_t y;

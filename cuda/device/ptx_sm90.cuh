@@ -42,6 +42,9 @@ JF2_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint32
 }
 
 // ---- TMA: boxes of a 4-D tensor, coordinates innermost first
+JF2_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
 JF2_DEVICE void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x0,
                             int x1, int x2, int x3) {
   asm volatile(

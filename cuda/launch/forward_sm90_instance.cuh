@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <numbers>
 
 #include "kernels/sm90/forward.cuh"
 #include "launch/forward.h"
@@ -10,19 +10,23 @@
 
 namespace jax_flash2::gpu {
 
-// Keys and values of a section of heads stay in the L2 together.
-inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
-
-// Full attention: head by head. A band makes tiles unequal: longest first within sections of heads.
-inline sm90::TileOrder tile_order(const ForwardProblem& problem, int block_q) {
+// Full attention: head by head. A band makes tiles unequal: longest first within sections of heads,
+// of four tiles a thread block. Short rows pass over their keys and values often, and find them
+// in L2 if it is two; as long ones do where four would take too much of it.
+template <sm90::ForwardTiles kTiles>
+sm90::TileOrder tile_order(const ForwardProblem& problem, int query_tiles, int blocks) {
+  constexpr int kLongRow = 4096;
   const Shape& s = problem.shape;
-  const int query_tiles = (s.query_len + block_q - 1) / block_q;
   const int heads = static_cast<int>(s.batch * s.query_heads);
-  const bool even = problem.band.upper >= kUnbounded && problem.band.lower <= -kUnbounded;
-  if (even) return {query_tiles, heads, 0};
+  if (problem.band.upper >= kUnbounded && problem.band.lower <= -kUnbounded)
+    return {query_tiles, heads, 0};
   const int64_t kv_bytes = int64_t{2} * s.kv_len * (s.head_dim + s.value_dim);
-  const int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(1, kv_bytes));
-  return {query_tiles, heads, static_cast<int>(std::min<int64_t>(heads, kv_heads * s.group()))};
+  const auto section = [&](int tiles) {
+    return round_up(std::max(1, tiles * blocks / query_tiles), s.group());
+  };
+  const bool four =
+      s.kv_len >= kLongRow && section(4) / s.group() * kv_bytes <= int64_t{kTiles.section_mb} << 20;
+  return {query_tiles, heads, static_cast<int>(std::min<int64_t>(heads, section(four ? 4 : 2)))};
 }
 
 template <int kHeadDim>
@@ -30,6 +34,11 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
   static constexpr sm90::ForwardTiles kTiles = sm90::forward_tiles(kHeadDim);
   static_assert(kTiles.head_dim == kHeadDim, "no row for this head dim in tiles_forward.h");
   const Shape& s = problem.shape;
+
+  const int query_tiles = (s.query_len + kTiles.block_q() - 1) / kTiles.block_q();
+  int64_t blocks = 0;
+  if (Status e = persistent_blocks(s.batch * s.query_heads * query_tiles, blocks); !e.ok())
+    return e;
 
   CUtensorMap q_map, k_map, v_map, out_map;
   const auto encode = [&](const void* data, int rows, int heads, int cols, int box_rows,
@@ -52,19 +61,16 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
       !e.ok())
     return e;
 
-  sm90::ForwardParams params = {
+  const sm90::ForwardParams params = {
       .shape = s,
       .band = problem.band,
-      .scale = static_cast<float>(problem.scale),
-      .scale_log2 = static_cast<float>(problem.scale * M_LOG2E),
-      .order = tile_order(problem, kTiles.block_q()),
+      .scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e),
+      .order = tile_order<kTiles>(problem, query_tiles, static_cast<int>(blocks)),
+      .blocks = static_cast<int>(blocks),
       .lse = static_cast<float*>(problem.lse),
       .out = problem.out,
       .next_tile = problem.next_tile,
   };
-  const int64_t heads = s.batch * s.query_heads;
-  int64_t blocks = 0;
-  if (Status e = persistent_blocks(heads * params.order.query_tiles, blocks); !e.ok()) return e;
   const LaunchConfig config = {
       .blocks = blocks,
       .threads = kTiles.threads(),

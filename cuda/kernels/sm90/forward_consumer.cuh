@@ -10,21 +10,6 @@ namespace jax_flash2::sm90 {
 // from float16's largest number, and most blocks need no rescaling of O.
 inline constexpr float kRescaleLog2 = 8.f;
 
-// Zeroes the rows of a V tile that no query of the sequence sees: 0 * NaN would reach O.
-template <ForwardTiles kTiles>
-JF2_DEVICE void clear_hidden_values(typename ForwardSmem<kTiles>::KV v, int key, Range visible) {
-  constexpr int kChunks = ForwardSmem<kTiles>::KV::kPanels * 8;
-  for (int i = threadIdx.x - 128; i < kTiles.block_k * kChunks; i += 128 * kTiles.consumers) {
-    const int row = i / kChunks;
-    if (key + row >= visible.begin && key + row < visible.end) continue;
-    const uint32_t a = v.address(row, i % kChunks * 8);
-    ptx::sts_f32x2(a, 0.f, 0.f);
-    ptx::sts_f32x2(a + 8, 0.f, 0.f);
-  }
-  ptx::fence_proxy_async();
-  ptx::barrier_sync(kAllConsumers, 128 * kTiles.consumers);
-}
-
 template <ForwardTiles kTiles, typename Math>
 JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
                         const CUtensorMap* out_map) {
@@ -36,15 +21,16 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
   using KVRing = Ring<kTiles.stages>;
   uint32_t count = 0;  // tiles taken
   uint32_t steps = 0;  // K tiles used; V's follow one behind
-  bool v_cut = false;  // the band cuts the block whose P waits for its product with V
-  Trust trust = Trust::kStale;
+  int started = 0;     // O holds a part of the tile's sum
 
   auto release = [&](uint32_t empty) __attribute__((always_inline)) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
-  // The tile in hand, and the one before it.
-  auto tile = [&](int back = 0) __attribute__((always_inline)) -> const ForwardTile& {
-    return smem.tiles[(count - 1 - back) % kSlots];
+  auto tile = [&]() __attribute__((always_inline)) -> ForwardTile& {
+    return smem.tiles[(count - 1) % kSlots];
+  };
+  auto visit = [&]() __attribute__((always_inline)) -> const Visit& {
+    return tile().visits[warpgroup];
   };
   // Takes the next tile; false at the end of the round.
   auto next_tile = [&]() __attribute__((always_inline)) {
@@ -63,43 +49,69 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
   // The buffer of the tile in hand, and its release.
   auto q_slot = [&]() __attribute__((always_inline)) { return QRing::slot(count - 1); };
   auto release_q = [&]() __attribute__((always_inline)) {
-    __syncwarp();  // with the buffer goes the record of an older tile, which every lane has read
-    release(smem.q_empty(q_slot()));
+    // Every lane for itself: with the buffer goes the record of an older tile, which each has read.
+    ptx::mbarrier_arrive(smem.q_empty(q_slot()));
   };
-  auto await_v = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.v_full(KVRing::slot(steps - 1)), KVRing::parity(steps - 1));
+  // One buffer is wanted back as soon as the last scores are there.
+  auto release_q_early = [&](int j) __attribute__((always_inline)) {
+    if (kTiles.q_buffers == 1 && j == 0) release_q();
   };
-  // Before the product with V of block j of tile t: values that no query of the sequence sees
-  // become 0.
-  auto clear_hidden = [&](const ForwardTile& t, int j) __attribute__((always_inline)) {
-    if (!v_cut) return;
-    const Range visible = t.visible;
-    const int key = t.first_key + j * kBlockK;
-    const bool right = key + kBlockK > visible.end && visible.end < p.shape.kv_len;
-    if (key >= visible.begin && !right) return;
-    await_v();
-    clear_hidden_values<kTiles>(smem.v(KVRing::slot(steps - 1)), key, visible);
+  auto await_k = [&]() __attribute__((always_inline)) {
+    ptx::mbarrier_wait(smem.k_full(KVRing::slot(steps)), KVRing::parity(steps));
+  };
+  auto await_v = [&](uint32_t step) __attribute__((always_inline)) {
+    // With a joint stage it came with K.
+    if constexpr (!kTiles.joint)
+      ptx::mbarrier_wait(smem.v_full(KVRing::slot(step)), KVRing::parity(step));
+  };
+  // Key blocks at the right end of the tile in hand that no row of this warpgroup sees. Their K goes
+  // back at once; their V in `skip_v`, behind the one that is still in use.
+  auto skip_k = [&]() __attribute__((always_inline)) {
+    const int skipped = tile().blocks - visit().end;
+    constexpr int kMost = (kTiles.block_q() - 64 + kBlockK - 1) / kBlockK;
+    static_assert(kMost + (kTiles.joint ? 2 : 0) <= kTiles.stages, "the ring would run dry");
+    for (int i = 0; i < skipped; ++i) {
+      await_k();
+      take_turn();
+      pass_turn(kTiles.turn);
+      release(smem.k_empty(KVRing::slot(steps)));
+      ++steps;
+    }
+    return skipped;
+  };
+  auto skip_v = [&](int skipped) __attribute__((always_inline)) {
+    if constexpr (!kTiles.joint) {
+      for (; skipped > 0; --skipped) {
+        const uint32_t step = steps - 1 - skipped;
+        await_v(step);
+        release(smem.v_empty(KVRing::slot(step)));
+      }
+    }
   };
   // S = Q K^T, at this warpgroup's turn.
   auto issue_qk = [&]() __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.k_full(KVRing::slot(steps)), KVRing::parity(steps));
+    const uint32_t q = c.q_operand(q_slot()), k = c.k_operand(KVRing::slot(steps));
+    await_k();
     take_turn();
     ptx::wgmma_fence();
-    c.issue_qk(q_slot(), KVRing::slot(steps));
+    c.issue_qk(q, k);
   };
   // S has arrived: K's stage is free.
   auto release_k = [&]() __attribute__((always_inline)) {
     c.pin_s();
-    release(smem.k_empty(KVRing::slot(steps)));
+    if constexpr (!kTiles.joint) release(smem.k_empty(KVRing::slot(steps)));
     ++steps;
   };
-  // S = Q K^T of this step and O += P V of the last, in one turn; returns when S has arrived.
-  auto issue_both = [&]() __attribute__((always_inline)) {
+  // S = Q K^T of this step and O += P V of the step `behind` before, in one turn; returns when S
+  // has arrived.
+  auto issue_both = [&](int behind) __attribute__((always_inline)) {
+    const uint32_t v = c.v_operand(KVRing::slot(steps - behind));
     issue_qk();
     pass_turn(Turn::kScores);
-    await_v();
+    await_v(steps - behind);
     ptx::wgmma_fence();
-    c.issue_pv(KVRing::slot(steps - 1));
+    c.issue_pv(v, started);
+    started = 1;
     pass_turn(Turn::kScoresAndOutput);
     ptx::wgmma_wait<1>();
     release_k();
@@ -110,117 +122,116 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
     c.pin_o();
     release(smem.v_empty(KVRing::slot(steps - 1 - behind)));
   };
-  // S -> P, m and l of a tile's first block. A row that sees nothing yet starts far below any
-  // score.
-  auto open_rows = [&]() __attribute__((always_inline)) {
-    float m_log2[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      c.m[half] = fmaxf(c.row_max(half), -1e30f);
-      m_log2[half] = c.m[half] * p.scale_log2;
-      c.l[half] = 0.f;
-    }
-    c.template exponentiate<0, kS>(m_log2, c.l);
-  };
-  auto finish_last = [&](const ForwardTile& t) __attribute__((always_inline)) {
-    clear_hidden(t, 0);
-    await_v();
-    ptx::wgmma_fence();
-    c.issue_pv(KVRing::slot(steps - 1));
-    c.finish_rows(t);
-    await_o(0);
-    c.finish_output(t, c.l);
-    c.zero_o();
-  };
-  // Does the band cut block j of the tile in hand?
-  auto is_cut = [&](int j) __attribute__((always_inline)) {
-    return j < tile().full_begin || j >= tile().full_end;
-  };
+  // Hides what the band hides of block j, if it cuts it.
   auto mask = [&](int j) __attribute__((always_inline)) {
-    c.mask(tile(), tile().first_key + j * kBlockK);
+    if (j < visit().full_begin || j >= visit().full_end)
+      c.mask(tile(), tile().first_key + j * kBlockK);
+  };
+  auto overflows = [&]() __attribute__((always_inline)) {
+    return !(fmaxf(c.l[0], c.l[1]) <= Work::kStaleLimit);
   };
   // A stale maximum is trusted as long as P stays small; else the tile is done again, looking.
-  auto note_redo = [&]() __attribute__((always_inline)) {
-    smem.redo()[warpgroup * 4 + c.warp] = tile().index;
+  auto judge = [&](ForwardTile& t) __attribute__((always_inline)) {
+    if (overflows() && !t.looks) t.fails = true;
   };
-  auto distrust = [&](const float (&sum)[2]) __attribute__((always_inline)) {
-    if (trust == Trust::kStale && __any_sync(~0u, !(fmaxf(sum[0], sum[1]) <= Work::kStaleLimit))) {
-      note_redo();
-      trust = Trust::kNothing;
-    }
-  };
+
   auto first_step = [&]() __attribute__((always_inline)) {
-    const int j = tile().blocks - 1;
-    v_cut = is_cut(j);
+    const int skipped = skip_k();
     issue_qk();
     pass_turn(kTiles.turn);
     ptx::wgmma_wait<0>();
     release_k();
-    if (v_cut) mask(j);
-    open_rows();
+    release_q_early(visit().end - 1);
+    skip_v(skipped);
+    mask(visit().end - 1);
+    c.open_rows();
     c.pack();
+    started = 0;
   };
-  auto inner_step = [&](int j) __attribute__((always_inline)) {
-    const bool cut = is_cut(j), looks = trust != Trust::kStale || cut;
-    clear_hidden(tile(), j + 1);
-    v_cut = cut;
-    issue_both();
-    float top[2] = {c.m[0], c.m[1]}, sum[2] = {0.f, 0.f};
-    bool grown = false;
-    if (looks) {
-      if (cut) mask(j);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        top[half] = fmaxf(c.m[half], c.row_max(half));
-        grown |= (top[half] - c.m[half]) * p.scale_log2 > kRescaleLog2;
-      }
-      grown = __any_sync(~0u, grown);
-      if (!grown) top[0] = c.m[0], top[1] = c.m[1];
-    }
-    const float m_log2[2] = {top[0] * p.scale_log2, top[1] * p.scale_log2};
-    c.template exponentiate<0, kS / 2>(m_log2, sum);
+  // A step whose block every row sees whole, under the stale maximum.
+  auto plain_step = [&](int j) __attribute__((always_inline)) {
+    issue_both(1);
+    release_q_early(j);
+    c.template exponentiate<0, kS / 2>();
     // With two warpgroups in turn, the first half of P is worked out while the product with V still
     // runs: the compiler would move it behind the wait, but not across this branch (measured: +5%;
     // -10% where four warpgroups run freely).
-    if constexpr (kTiles.turn != Turn::kNone) {
-      if (!looks && !(fmaxf(sum[0], sum[1]) <= Work::kStaleLimit)) note_redo();
-    }
+    if constexpr (kTiles.turn != Turn::kNone) judge(tile());
     await_o(1);
-    c.template exponentiate<kS / 2, kS>(m_log2, sum);
-    if (grown) c.rescale(top);
-    distrust(sum);
-    c.l[0] += sum[0];
-    c.l[1] += sum[1];
+    c.template exponentiate<kS / 2, kS>();
     c.pack();
   };
-  // The last product of the old tile goes along with the first of the tile in hand.
-  auto transition_step = [&](const ForwardTile& old) __attribute__((always_inline)) {
-    const int j = tile().blocks - 1;
-    clear_hidden(old, 0);
-    v_cut = is_cut(j);
-    issue_both();
-    if (v_cut) mask(j);
-    c.finish_rows(old);
-    const float inverse[2] = {c.l[0], c.l[1]};
-    open_rows();
-    c.pin_s();
+  auto looking_step = [&](int j) __attribute__((always_inline)) {
+    issue_both(1);
+    release_q_early(j);
+    mask(j);
+    float top[2];
+    bool grown = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = fmaxf(c.m[half], c.row_max(half) * p.scale_log2);
+      grown |= top[half] - c.m[half] > kRescaleLog2;
+    }
     await_o(1);
+    if (__any_sync(~0u, grown)) {
+      judge(tile());  // rescaled, l would no longer tell
+      c.rescale(top);
+    }
+    c.template exponentiate<0, kS>();
     c.pack();
-    c.finish_output(old, inverse);
-    c.zero_o();
+  };
+  auto rest_of_tile = [&]() __attribute__((always_inline)) {
+    const int full_begin = tile().looks ? INT32_MAX : visit().full_begin;
+    const int full_end = visit().full_end;
+    int j = visit().end - 2;
+#pragma unroll 1
+    while (j >= 0) {
+      if (j >= full_begin && j < full_end) {
+#pragma unroll 1
+        do plain_step(j);
+        while (--j >= full_begin);
+      } else {
+        looking_step(j--);
+      }
+    }
+  };
+  // The last product of a tile, and its results.
+  auto finish_last = [&](ForwardTile& t) __attribute__((always_inline)) {
+    const uint32_t v = c.v_operand(KVRing::slot(steps - 1));
+    await_v(steps - 1);
+    ptx::wgmma_fence();
+    c.issue_pv(v, started);
+    judge(t);
+    const auto rows = c.finish_rows(t);
+    await_o(0);
+    c.store_output(t, rows);
+  };
+  // The last product of the old tile goes along with the first of the tile in hand.
+  auto transition_step = [&](ForwardTile& old) __attribute__((always_inline)) {
+    const int skipped = skip_k();
+    issue_both(1 + skipped);
+    judge(old);
+    mask(visit().end - 1);
+    const auto rows = c.finish_rows(old);
+    c.open_rows();
+    c.pin_s();
+    await_o(1 + skipped);
+    skip_v(skipped);
+    c.pack();
+    c.store_output(old, rows);
+    started = 0;
   };
 
   if (kTiles.turn != Turn::kNone && warpgroup == kTiles.consumers - 1) pass_turn(kTiles.turn);
-  c.zero_o();
 #pragma unroll 1
-  while (true) {  // two rounds: the queue, then what has to be done again
+  for (int round = 0; round < 2; ++round) {
     if constexpr (kTiles.q_buffers == 2) {
       bool more = next_tile();
       if (more) first_step();
       while (more) {
-        for (int j = tile().blocks - 2; j >= 0; --j) inner_step(j);
+        rest_of_tile();
         release_q();
-        const ForwardTile& old = tile();
+        ForwardTile& old = tile();
         more = next_tile();
         if (more) {
           transition_step(old);
@@ -231,20 +242,14 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
     } else {
       while (next_tile()) {
         first_step();
-        for (int j = tile().blocks - 2; j >= 0; --j) inner_step(j);
+        rest_of_tile();
         finish_last(tile());
-        if (lane == 0) ptx::bulk_wait_read<0>();  // O has left Q's buffer
-        release_q();
       }
     }
-    // O is written: what is done again must come after it, and shared memory must outlive the
-    // reads.
-    if (lane == 0) ptx::bulk_wait<0>();
     release_q();
-    release(smem.drained());
-    if (trust == Trust::kLastRound) break;
-    trust = Trust::kLastRound;
+    ptx::mbarrier_arrive(smem.drained());
   }
+  if (lane == 0) ptx::bulk_wait<0>();  // shared memory must outlive the reads
 }
 
 }  // namespace jax_flash2::sm90

@@ -30,47 +30,67 @@ struct TileOrder {
 struct ForwardParams {
   Shape shape;
   BandSpec band;
-  float scale;       // of the logits
   float scale_log2;  // scale * log2(e)
   TileOrder order;
+  int blocks;      // of the grid; the first tile of each is its own number
   float* lse;      // [B, N, T]
-  void* out;       // [B, T, N, Hv]: for tiles that see nothing
-  int* next_tile;  // the queue: tiles handed out beyond the first of each block, 0 at launch
+  void* out;       // [B, T, N, Hv]
+  int* next_tile;  // the queue: tiles handed out beyond those, 0 at launch
 };
 
-// One query tile. The producer works it out and leaves it in shared memory; consumers read the few
-// fields they need when they need them, and keep none in registers.
+// What a warpgroup visits of a tile: key blocks, counted from the tile's first.
+struct alignas(16) Visit {
+  int end;  // past the last that one of its rows sees
+  // Those that each of its rows sees whole, and a key behind them, from whose block it has a maximum.
+  int full_begin, full_end;
+};
+
+// One query tile. The scheduler works it out and leaves it in shared memory; the others read the few
+// fields they need when they need them, and keep few in registers.
 struct alignas(16) ForwardTile {
-  int index;             // in the queue
-  int batch, head, row;  // row: the first
+  int index;                      // in the queue
+  int batch, head, kv_head, row;  // row: the first
   Band band;
-  Range visible;             // keys that some query of the sequence sees
-  int first_key, blocks;     // key blocks that some row of the tile sees
-  int full_begin, full_end;  // of them, those that every row sees whole
+  Range visible;          // keys that some query of the sequence sees; no end where the buffer ends
+  int first_key, blocks;  // key blocks that some row of the tile sees
+  bool looks;             // for the row maximum in every block: the tile is done again
+  bool fails;             // set by consumers: a stale maximum will not do
+  Visit visits[4];        // of the warpgroups
 
-  static constexpr int kSlots = 4;  // the producer is at most two tiles ahead
+  static constexpr int kSlots = 4;  // the scheduler is at most two tiles ahead
 };
 
+// The record of tile `i`. By one thread: whoever waits for it may read all that this one wrote.
 template <ForwardTiles kTiles>
-JF2_DEVICE void fill_tile(ForwardTile& tile, const ForwardParams& p, int i) {
+JF2_DEVICE void fill_tile(ForwardTile& tile, const ForwardParams& p, int i, bool looks) {
   constexpr int kBlockK = kTiles.block_k;
   const TileOrder::Tile t = p.order.at(i);
   const int batch = t.head / p.shape.query_heads, row = t.query_tile * kTiles.block_q();
   const Band band = p.band.at(batch, p.shape.query_len, p.shape.kv_len);
-  const Range rows = {row, min(row + kTiles.block_q(), band.query_length)};
-  const Range keys = band.keys_of(rows);
+  const Range keys = band.keys_of({row, row + kTiles.block_q()});
   const int first_key = keys.begin / kBlockK * kBlockK;
+  const int blocks = keys.empty() ? 0 : (keys.end - first_key + kBlockK - 1) / kBlockK;
   tile.index = i;
   tile.batch = batch;
   tile.head = t.head - batch * p.shape.query_heads;
+  tile.kv_head = tile.head / p.shape.group();
   tile.row = row;
   tile.band = band;
   tile.visible = band.keys_of({0, band.query_length});
+  if (tile.visible.end == p.shape.kv_len) tile.visible.end = INT32_MAX;  // reads there give 0
   tile.first_key = first_key;
-  tile.blocks = keys.empty() ? 0 : (keys.end - first_key + kBlockK - 1) / kBlockK;
-  if (!keys.empty()) {
-    tile.full_begin = (band.lo(rows.end - 1) - first_key + kBlockK - 1) / kBlockK;
-    tile.full_end = (band.hi(rows.begin) - first_key) / kBlockK;
+  tile.blocks = blocks;
+  tile.looks = looks;
+  tile.fails = false;
+#pragma unroll 1
+  for (int w = 0; w < kTiles.consumers; ++w) {
+    const int begin = row + w * 64, end = min(begin + 64, band.query_length);
+    const Range own = band.keys_of({begin, end});
+    // A warpgroup that sees nothing goes along, and hides all of it.
+    tile.visits[w] = own.empty() ? Visit{blocks, blocks, 0}
+                                 : Visit{(own.end - 1 - first_key) / kBlockK + 1,
+                                         (band.lo(end - 1) - first_key + kBlockK - 1) / kBlockK,
+                                         (band.hi(begin) - 1 - first_key) / kBlockK};
   }
 }
 
@@ -81,16 +101,16 @@ struct ForwardSmem {
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kTiles.q_buffers * Q::kBytes;
   static constexpr int kV = kK + kTiles.stages * KV::kBytes;
-  // With one Q buffer, O leaves through it.
-  static constexpr int kO = kTiles.q_buffers == 2 ? kV + kTiles.stages * KV::kBytes : kQ;
-  static constexpr int kBarriers =
-      kV + kTiles.stages * KV::kBytes + (kTiles.q_buffers == 2 ? Q::kBytes : 0);
-  static constexpr int kTileRecords = kBarriers + 16 * (kTiles.q_buffers + 2 * kTiles.stages) + 16;
-  static constexpr int kRedo = kTileRecords + int(sizeof(ForwardTile)) * ForwardTile::kSlots;
-  static constexpr int kWarps = 4 * kTiles.consumers;
-  static constexpr int kBytes = kRedo + 4 * kWarps;
+  static constexpr int kO = kV + kTiles.stages * KV::kBytes;
+  static constexpr int kBarriers = kO + (kTiles.q_buffers == 2 ? Q::kBytes : 0);
+  static constexpr int kBarrierCount =
+      2 * kTiles.q_buffers + 4 * kTiles.stages + ForwardTile::kSlots + 2;
+  static constexpr int kTileRecords = kBarriers + 8 * kBarrierCount;
+  static constexpr int kBytes = kTileRecords + int(sizeof(ForwardTile)) * ForwardTile::kSlots;
   static constexpr int kLaunchBytes = kBytes + 1024;  // room to align the base
+  static_assert(kTileRecords % alignof(ForwardTile) == 0);
   static_assert(kLaunchBytes <= 232448, "Q, K, V and O must fit the 227 KB of a block");
+  static constexpr int kWarps = 4 * kTiles.consumers, kThreads = 32 * kWarps;  // of consumers
 
   uint32_t base;       // shared address, aligned to 1024 bytes
   ForwardTile* tiles;  // [ForwardTile::kSlots]
@@ -99,17 +119,19 @@ struct ForwardSmem {
   JF2_DEVICE KV k(int stage) const { return {base + kK + stage * KV::kBytes}; }
   JF2_DEVICE KV v(int stage) const { return {base + kV + stage * KV::kBytes}; }
   JF2_DEVICE Q o() const { return {base + kO}; }
-  // Full: the copy engine has delivered. Empty: every consumer warp has read.
+  // Full: the copy engine has delivered. Empty: every consumer warp (of Q, every thread) has read.
   JF2_DEVICE uint32_t q_full(int i) const { return barrier(i); }
   JF2_DEVICE uint32_t q_empty(int i) const { return barrier(kTiles.q_buffers + i); }
   JF2_DEVICE uint32_t k_full(int i) const { return stage_barrier(0, i); }
   JF2_DEVICE uint32_t k_empty(int i) const { return stage_barrier(1, i); }
-  JF2_DEVICE uint32_t v_full(int i) const { return stage_barrier(2, i); }
-  JF2_DEVICE uint32_t v_empty(int i) const { return stage_barrier(3, i); }
-  // Every consumer warp has finished what was handed out.
-  JF2_DEVICE uint32_t drained() const { return stage_barrier(4, 0); }
-  // For each consumer warp, the index of the tile that it could not do with a stale maximum, or -1.
-  JF2_DEVICE int* redo() const { return reinterpret_cast<int*>(tiles + ForwardTile::kSlots); }
+  JF2_DEVICE uint32_t v_full(int i) const { return stage_barrier(kTiles.joint ? 0 : 2, i); }
+  JF2_DEVICE uint32_t v_empty(int i) const { return stage_barrier(kTiles.joint ? 1 : 3, i); }
+  // The record of a tile stands.
+  JF2_DEVICE uint32_t scheduled(int slot) const { return stage_barrier(4, slot); }
+  // A V tile that has to be cleared in part has landed.
+  JF2_DEVICE uint32_t v_landed() const { return stage_barrier(4, ForwardTile::kSlots); }
+  // Every consumer thread has finished what was handed out.
+  JF2_DEVICE uint32_t drained() const { return stage_barrier(4, ForwardTile::kSlots + 1); }
 
  private:
   JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }

@@ -7,15 +7,7 @@
 
 namespace jax_flash2::sm90 {
 
-enum NamedBarrier {
-  kTurn = 1,
-  kWarpgroup = 5,
-  kAllConsumers = 9
-};  // + warpgroup for the first two
-
-// What a warp takes for the row maximum of a block that the band does not cut: the stale one, until
-// that failed once; in the second round, which does those tiles again, nothing but a look.
-enum class Trust { kStale, kNothing, kLastRound };
+inline constexpr int kTurn = 1;  // named barriers of the turns, + warpgroup
 
 template <ForwardTiles kTiles, typename Math>
 struct Consumer {
@@ -30,43 +22,57 @@ struct Consumer {
   const CUtensorMap* out_map;
   const int warpgroup, warp, lane;  // warp within the warpgroup
 
-  // Sums of a thread's P in one step beyond which the stale maximum is not trusted: far below what
-  // P as an element and O as a float32 can hold.
-  static constexpr float kStaleLimit = kLargest<Element> < 1e5f ? 32768.f : 16777216.f;
+  // A thread's share of l beyond which the stale maximum is not trusted: as much as one P, as an
+  // element, and O, as float32s, certainly hold.
+  static constexpr float kStaleLimit = kLargest<Element> < 1e5f ? kLargest<Element> : 1e12f;
 
   float s[kS], o[kO];
   uint32_t packed[kTiles.block_k / 4];
-  float m[2], l[2];  // of rows g and g + 8; l of this thread's columns alone
+  // Of rows g and g + 8: the maximum of scale_log2 S, and the sum of P over this thread's columns.
+  float m[2], l[2];
 
   JF2_DEVICE int row_in_tile() const { return warpgroup * 64 + warp * 16 + (lane >> 2); }
 
-  JF2_DEVICE void issue_qk(int q_slot, int k_slot) {
-    const uint32_t q =
-        ptx::opaque(smem.q(q_slot).k_major() + Smem::Q::k_major_offset(warpgroup * 64, 0));
-    const uint32_t k = ptx::opaque(smem.k(k_slot).k_major());
+  // Operands in shared memory, each hidden from a compiler that would keep every step's in a
+  // register.
+  JF2_DEVICE uint32_t q_operand(int slot) const {
+    return ptx::opaque(smem.q(0).k_major() + (slot * Smem::Q::kBytes >> 4) +
+                       Smem::Q::k_major_offset(warpgroup * 64, 0));
+  }
+  JF2_DEVICE uint32_t k_operand(int slot) const {
+    return ptx::opaque(smem.k(0).k_major() + (slot * Smem::KV::kBytes >> 4));
+  }
+  JF2_DEVICE uint32_t v_operand(int slot) const {
+    return ptx::opaque(smem.v(0).outer_major() + (slot * Smem::KV::kBytes >> 4));
+  }
+  JF2_DEVICE void issue_qk(uint32_t q, uint32_t k) {
 #pragma unroll
     for (int d = 0; d < kTiles.head_dim; d += 16)
       QkMma::template ss<false, false>(s, q + Smem::Q::k_major_offset(0, d),
                                        k + Smem::KV::k_major_offset(0, d), d > 0);
     ptx::wgmma_commit();
   }
-  JF2_DEVICE void issue_pv(int v_slot) {
-    const uint32_t v = ptx::opaque(smem.v(v_slot).outer_major());
+  // `accumulate` 0: what O held is forgotten.
+  JF2_DEVICE void issue_pv(uint32_t v, int accumulate) {
 #pragma unroll
     for (int k = 0; k < kTiles.block_k; k += 16) {
       const uint32_t (&a)[4] = *reinterpret_cast<const uint32_t (*)[4]>(&packed[k / 4]);
-      PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), 1);
+      PvMma::template rs<true>(o, a, v + Smem::KV::outer_major_offset(k), k > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
 
-  // Hides what the band hides of the block of keys at `key`.
+  // Hides what the band hides of the block of keys at `key`: one side at a time, since most blocks
+  // that are cut are cut on one.
   JF2_DEVICE void mask(const ForwardTile& tile, int key) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(tile.row + row_in_tile() + half * 8, tile.band.query_length - 1);
-      hide_in_row<kTiles.block_k>(seen_by(tile.band, row, key, lane), -INFINITY,
-                                  [&](int j, int e) -> float& { return s[j * 4 + half * 2 + e]; });
+      const Range seen = seen_by(tile.band, row, key, lane);
+      const auto at = [&](int j, int e) -> float& { return s[j * 4 + half * 2 + e]; };
+      if (seen.end < kTiles.block_k)
+        hide_in_row<kTiles.block_k>({INT32_MIN, seen.end}, -INFINITY, at);
+      if (seen.begin > 0) hide_in_row<kTiles.block_k>({seen.begin, INT32_MAX}, -INFINITY, at);
     }
   }
   JF2_DEVICE float row_max(int half) const {
@@ -77,21 +83,30 @@ struct Consumer {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
-  // s -> 2^(scale_log2 s - m) for the score registers [kBegin, kEnd), adding them to `sum`.
+  // s -> P = 2^(scale_log2 s - m) for the score registers [kBegin, kEnd), added to l.
   template <int kBegin, int kEnd>
-  JF2_DEVICE void exponentiate(const float (&m_log2)[2], float (&sum)[2]) {
+  JF2_DEVICE void exponentiate() {
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
       const int half = (i >> 1) & 1;
-      s[i] = ptx::ex2(fmaf(s[i], p.scale_log2, -m_log2[half]));
-      sum[half] += s[i];
+      s[i] = ptx::ex2(fmaf(s[i], p.scale_log2, -m[half]));
+      l[half] += s[i];
     }
+  }
+  // S -> P of a tile's first block. A row that sees nothing yet starts far below any score.
+  JF2_DEVICE void open_rows() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      m[half] = fmaxf(row_max(half) * p.scale_log2, -1e30f);
+      l[half] = 0.f;
+    }
+    exponentiate<0, kS>();
   }
   // Moves O and l to the maximum `top`, where it has grown.
   JF2_DEVICE void rescale(const float (&top)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = ptx::ex2((m[half] - top[half]) * p.scale_log2);
+      const float factor = ptx::ex2(m[half] - top[half]);
       m[half] = top[half];
       l[half] *= factor;
 #pragma unroll
@@ -102,79 +117,127 @@ struct Consumer {
     }
   }
   // After the wait for a product, before its registers are read: nothing may move across.
-  template <int kBegin = 0, int kEnd = kS>
   JF2_DEVICE void pin_s() {
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) ptx::pin(s[i]);
+    for (int i = 0; i < kS; ++i) ptx::pin(s[i]);
   }
   JF2_DEVICE void pin_o() {
 #pragma unroll
     for (int i = 0; i < kO; ++i) ptx::pin(o[i]);
-  }
-  JF2_DEVICE void zero_o() {
-#pragma unroll
-    for (int i = 0; i < kO; ++i) o[i] = 0.f;
-    pin_o();
   }
   JF2_DEVICE void pack() {
 #pragma unroll
     for (int i = 0; i < kS / 2; ++i) packed[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // The tile's log-sum-exp, to global memory; its rows' l becomes 1 / l, 0 for a row that sees
-  // nothing.
-  JF2_DEVICE void finish_rows(const ForwardTile& tile) {
-    const Shape& shape = p.shape;
+  // Log-sum-exp and 1 / l of rows g and g + 8; -inf and 0 for a row that sees nothing.
+  struct Rows {
+    float lse[2], inverse[2];
+  };
+  JF2_DEVICE Rows finish_rows(const ForwardTile& tile) const {
+    constexpr float kLn2 = 0.693147180559945f;
+    Rows rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      l[half] += __shfl_xor_sync(~0u, l[half], 1);
-      l[half] += __shfl_xor_sync(~0u, l[half], 2);
-      const int row = tile.row + row_in_tile() + half * 8;
-      const bool sees = row < tile.band.query_length && l[half] != 0.f;
-      if ((lane & 3) == 0 && row < shape.query_len) {
-        const float lse = sees ? m[half] * p.scale + __logf(l[half]) : -INFINITY;
-        p.lse[(int64_t(tile.batch) * shape.query_heads + tile.head) * shape.query_len + row] = lse;
-      }
-      l[half] = sees ? 1.f / l[half] : 0.f;
+      float sum = l[half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const bool sees = tile.row + row_in_tile() + half * 8 < tile.band.query_length && sum != 0.f;
+      rows.lse[half] = sees ? (m[half] + __log2f(sum)) * kLn2 : -INFINITY;
+      rows.inverse[half] = sees ? ptx::rcp(sum) : 0.f;
     }
+    return rows;
   }
-  // O / l of the tile, to global memory.
-  JF2_DEVICE void finish_output(const ForwardTile& tile, const float (&inverse)[2]) {
-    const Shape& shape = p.shape;
+  // O / l and the log-sum-exp of the tile, to global memory. The latter last: a fence before the
+  // copy engine's turn would wait for it.
+  JF2_DEVICE void store_output(const ForwardTile& tile, const Rows& rows) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Padding holds anything, NaN among it: a row that sees nothing is 0, not 0 * O.
-      if (inverse[half] == 0.f) {
+      if (rows.inverse[half] == 0.f) {
 #pragma unroll
         for (int j = 0; j < kO / 4; ++j) o[j * 4 + half * 2] = o[j * 4 + half * 2 + 1] = 0.f;
       }
     }
+    if constexpr (kTiles.q_buffers == 2) {
+      store_by_copy_engine(tile, rows.inverse);
+    } else {
+      store_from_registers(tile, rows.inverse);
+    }
+    const Shape& shape = p.shape;
+    const int row = tile.row + row_in_tile();
+    float* const lse =
+        p.lse + (int64_t(tile.batch) * shape.query_heads + tile.head) * shape.query_len + row;
+    if ((lane & 3) == 0) {
+      if (row < shape.query_len) lse[0] = rows.lse[0];
+      if (row + 8 < shape.query_len) lse[8] = rows.lse[1];
+    }
+  }
+
+ private:
+  // Rows g and g + 8 of column pair j, ready to be stored.
+  JF2_DEVICE uint32_t output(int j, int half, const float (&inverse)[2]) const {
+    return pack2<Element>(o[j * 4 + half * 2] * inverse[half],
+                          o[j * 4 + half * 2 + 1] * inverse[half]);
+  }
+  JF2_DEVICE void store_by_copy_engine(const ForwardTile& tile, const float (&inverse)[2]) {
     const typename Smem::Q staging = smem.o();
     const int row = warpgroup * 64 + warp * 16;
-    if constexpr (kTiles.q_buffers == 2) {
-      if (lane == 0) ptx::bulk_wait_read<0>();  // the last tile's O has left the buffer
-      __syncwarp();
-    } else {
-      // O overwrites Q: every warp of the warpgroup is past its last product with it.
-      ptx::barrier_sync(kWarpgroup + warpgroup, 128);
+    // The last tile's O has left the buffer; where this one is done again, it has arrived, too.
+    if (lane == 0) {
+      ptx::bulk_wait_read<0>();
+      if (tile.looks) ptx::bulk_wait<0>();
     }
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < kO / 4; j += 2) {
-      const uint32_t a = staging.address(row + (lane & 15), j * 8 + (lane >> 4) * 8);
-      ptx::stmatrix_x4(a, pack2<Element>(o[j * 4] * inverse[0], o[j * 4 + 1] * inverse[0]),
-                       pack2<Element>(o[j * 4 + 2] * inverse[1], o[j * 4 + 3] * inverse[1]),
-                       pack2<Element>(o[j * 4 + 4] * inverse[0], o[j * 4 + 5] * inverse[0]),
-                       pack2<Element>(o[j * 4 + 6] * inverse[1], o[j * 4 + 7] * inverse[1]));
-    }
+    for (int j = 0; j < kO / 4; j += 2)
+      ptx::stmatrix_x4(staging.address(row + (lane & 15), j * 8 + (lane >> 4) * 8),
+                       output(j, 0, inverse), output(j, 1, inverse), output(j + 1, 0, inverse),
+                       output(j + 1, 1, inverse));
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
       for (int panel = 0; panel < Smem::Q::kPanels; ++panel) {
-        if (panel * kPanelCols < shape.value_dim && tile.row + row < shape.query_len)
+        if (panel * kPanelCols < p.shape.value_dim && tile.row + row < p.shape.query_len)
           ptx::tma_store_4d(out_map, staging.address(row, panel * kPanelCols), panel * kPanelCols,
                             tile.head, tile.row + row, tile.batch);
       }
       ptx::bulk_commit();
+    }
+  }
+  JF2_DEVICE void store_from_registers(const ForwardTile& tile, const float (&inverse)[2]) {
+    const Shape& shape = p.shape;
+    const int row = tile.row + row_in_tile();
+    const int64_t stride = int64_t(shape.query_heads) * shape.value_dim;
+    Element* const out = static_cast<Element*>(p.out) +
+                         (int64_t(tile.batch) * shape.query_len + row) * stride +
+                         int64_t(tile.head) * shape.value_dim;
+#pragma unroll
+    for (int j = 0; j < kO / 4; j += 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t x[4] = {output(j, half, inverse), output(j + 1, half, inverse),
+                         output(j + 2, half, inverse), output(j + 3, half, inverse)};
+        transpose_quad(x);
+        const int column = (j + (lane & 3)) * 8;
+        if (row + half * 8 < shape.query_len && column < shape.value_dim)
+          *reinterpret_cast<uint4*>(out + half * 8 * stride + column) =
+              make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+  // The lanes of a quad exchange registers: lane t gets x[t] of each, 16 contiguous bytes of a row.
+  JF2_DEVICE void transpose_quad(uint32_t (&x)[4]) const {
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t y = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+      (odd ? x[i] : x[i + 1]) = y;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t y = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
+      (high ? x[i] : x[i + 2]) = y;
     }
   }
 };

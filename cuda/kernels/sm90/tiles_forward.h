@@ -13,8 +13,10 @@ struct ForwardTiles {
   int consumers;  // warpgroups of 64 query rows
   int block_k;    // keys a step
   int stages;     // K and V tiles in flight, each
+  bool joint;     // K and V of a step share a stage: fewer barriers, where there is room
   int q_buffers;  // 2: the next tile's Q loads during this one, and O has a buffer of its own
   Turn turn;
+  int section_mb;          // of K and V of the heads that are taken together where rows are long
   int producer_registers;  // a thread, after setmaxnreg
   int consumer_registers;
 
@@ -28,41 +30,51 @@ inline constexpr ForwardTiles kForwardTiles[] = {
     {.head_dim = 64,
      .consumers = 4,
      .block_k = 64,
-     .stages = 4,
+     .stages = 8,
+     .joint = true,
      .q_buffers = 2,
-     .turn = Turn::kNone,
+     .turn = Turn::kScores,
+     .section_mb = 32,
      .producer_registers = 32,
      .consumer_registers = 112},
     {.head_dim = 96,
      .consumers = 2,
      .block_k = 128,
      .stages = 2,
+     .joint = false,
      .q_buffers = 2,
      .turn = Turn::kScoresAndOutput,
+     .section_mb = 32,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 128,
      .consumers = 2,
      .block_k = 128,
      .stages = 2,
+     .joint = false,
      .q_buffers = 2,
      .turn = Turn::kScoresAndOutput,
+     .section_mb = 32,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 192,
      .consumers = 2,
      .block_k = 96,
      .stages = 2,
+     .joint = false,
      .q_buffers = 1,
-     .turn = Turn::kScores,
+     .turn = Turn::kScoresAndOutput,
+     .section_mb = 32,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 256,
      .consumers = 2,
-     .block_k = 80,
+     .block_k = 64,
      .stages = 2,
+     .joint = false,
      .q_buffers = 1,
-     .turn = Turn::kScores,
+     .turn = Turn::kScoresAndOutput,
+     .section_mb = 64,
      .producer_registers = 40,
      .consumer_registers = 232},
 };
