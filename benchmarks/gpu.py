@@ -1,6 +1,11 @@
 """TFLOP/s of attention on a GPU, jax_flash2 against the peers that are installed.
 
-Run: python -P benchmarks/gpu.py [--grid core,gqa,window,short] [--impl ours,cudnn] [--json FILE]
+Run: python -P benchmarks/gpu.py --json gpu.jsonl --plot gpu.png
+     python -P benchmarks/gpu.py --read gpu.jsonl --plot gpu.png, to print and draw them again
+
+Prints a table, a row a case and pass; the JSON file has the same rows, one a line. The figure
+(matplotlib draws it) shows TFLOP/s by length, a row a head dim, out of the grid "core". --grid and
+--impl choose less than everything.
 
 Every case is 16k tokens of random bfloat16 at model width 2048 (4096 for grouped heads). The
 implementations of a case take turns; a figure is the median over the rounds of the wall time of a
@@ -11,6 +16,7 @@ residuals that stay on the GPU.
   ours       jax_flash2.attention
   ours_sm80  the same, held to the kernels that every GPU since Ampere runs
   cudnn      jax.nn.dot_product_attention(implementation="cudnn")
+  fa3        FlashAttention-3 through JAX, where the package dew-flash-attn-cu13 is installed
   torch_fa2  FlashAttention-2 of torch.nn.functional.scaled_dot_product_attention, where torch is
 """
 
@@ -103,10 +109,18 @@ def torch_calls(case):
     return forward_alone, backward
 
 
+def fa3_attention(query, key, value, *, is_causal, local_window_size):
+    import dew_flash_attn
+
+    window = (-1, -1) if local_window_size is None else local_window_size
+    return dew_flash_attn.flash_mha(query, key, value, is_causal=is_causal, window_size=window)
+
+
 IMPLEMENTATIONS = {
     "ours": partial(jax_calls, jax_flash2.attention),
     "ours_sm80": partial(jax_calls, partial(jax_flash2.attention, implementation="cuda_sm80")),
     "cudnn": partial(jax_calls, partial(jax.nn.dot_product_attention, implementation="cudnn")),
+    "fa3": partial(jax_calls, fa3_attention),
     "torch_fa2": torch_calls,
 }
 
@@ -148,14 +162,8 @@ def measure(case, names, bar):
     }
 
 
-def main():
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--grid", default="core,gqa,window,short")
-    p.add_argument("--impl", default=",".join(IMPLEMENTATIONS))
-    p.add_argument("--json", help="also write the rows here, one a line")
-    args = p.parse_args()
-    names = args.impl.split(",")
-    cases = [case for grid in args.grid.split(",") for case in make_cases(grid)]
+def measure_all(cases, names):
+    """The rows, one a case and pass: {"case", "pass", implementation: TFLOP/s or None}."""
     rows = []
     for case in (bar := tqdm(cases)):
         bar.set_description(case[0])
@@ -164,14 +172,74 @@ def main():
             row = {"case": case[0], "pass": direction}
             rows.append(row | {n: results.get((n, direction)) for n in names})
         jax.clear_caches()
-    print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, TFLOP/s\n")
+    return rows
+
+
+def print_table(rows, names):
     print("| case | pass | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
     for row in rows:
         figures = ("" if row[n] is None else f"{row[n]:.0f}" for n in names)
         print(f"| {row['case']} | {row['pass']} | " + " | ".join(figures) + " |")
+
+
+def plot(path, rows, names):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    table = {(row["case"], row["pass"]): row for row in rows}
+    core = [case for case in make_cases("core") if (case[0], "forward") in table]
+    if not core:
+        raise SystemExit('--plot draws the grid "core", and there is no row of it')
+    dims = sorted({case[5] for case in core})
+    columns = [(d, m) for d in ("forward", "backward") for m in (False, True)]
+    figure, grid = plt.subplots(
+        len(dims), 4, figsize=(13, 2.9 * len(dims)), squeeze=False, layout="constrained", dpi=110
+    )
+    for h, line in zip(dims, grid, strict=True):
+        for (direction, causal), axes in zip(columns, line, strict=True):
+            cases = [case for case in core if case[5] == h and case[6] == causal]
+            lengths = [case[2] for case in cases]
+            for name in names:
+                values = [table[case[0], direction][name] for case in cases]
+                if any(values):
+                    heavy = name == "ours"
+                    axes.plot(lengths, values, "o-", ms=4, lw=2.5 if heavy else 1.2, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+            axes.set_ylim(bottom=0)
+            title = f"head dim {h}, {'causal' if causal else 'full'}, {direction}"
+            axes.set_title(title, loc="left", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#eeeeee")
+        line[0].set_ylabel("TFLOP/s")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def main():
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--grid", default="core,gqa,window,short")
+    p.add_argument("--impl", default=",".join(IMPLEMENTATIONS))
+    p.add_argument("--json", help="also write the rows here, one a line")
+    p.add_argument("--plot", help="also draw them here, a PNG")
+    p.add_argument("--read", help="measure nothing: the rows of this file")
+    args = p.parse_args()
+    names = args.impl.split(",")
+    if args.read:
+        with open(args.read) as file:
+            rows = [json.loads(line) for line in file]
+        names = [name for name in names if all(name in row for row in rows)]
+    else:
+        rows = measure_all([c for grid in args.grid.split(",") for c in make_cases(grid)], names)
+        print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, TFLOP/s\n")
+    print_table(rows, names)
     if args.json:
         with open(args.json, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+    if args.plot:
+        plot(args.plot, rows, names)
 
 
 if __name__ == "__main__":
