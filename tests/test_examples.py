@@ -157,6 +157,17 @@ def test_sharded_training(tmp_path):
     assert set(others) <= {"all-reduce over data", "all-reduce over data and model"}
 
 
+def test_training_step(tmp_path):
+    printed = run("07_training_step.py", "--small", cwd=tmp_path)
+    losses = [float(x) for x in re.findall(r"first step ([\d.]+)", printed)]
+    assert len(losses) == 2, "ours and XLA's"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    for name in ("ours", "xla"):
+        assert number(rf"{name} +([\d.]+) ms a step", printed) > 0
+    refused = run("07_training_step.py", cwd=tmp_path, status=2)
+    assert not refused, "the reason is on stderr"
+
+
 def test_seed_decides_and_too_short_a_training_fails(tmp_path):
     args = ("--steps", 3, "--seconds", 240, "--batch", 2, "--length", 64)
     losses = [
