@@ -20,13 +20,13 @@ import jax_flash2
 MODES = ("fused", "deterministic", "split")
 REPEATABLE = ("deterministic", "split")
 
-_HALVES = (Format("float16", "float16"), Format("bfloat16", "bfloat16"))
+HALVES = (Format("float16", "float16"), Format("bfloat16", "bfloat16"))
 # By JAX's name of the platform. On a GPU a product of default precision rounds float32 to TF32, and
 # "high" is three products of bfloat16 parts.
 FORMATS = {
-    "cpu": (*_HALVES, Format("float32", "float32"), Format("float64", "float64")),
+    "cpu": (*HALVES, Format("float32", "float32"), Format("float64", "float64")),
     "gpu": (
-        *_HALVES,
+        *HALVES,
         Format("float32", "float32", operand_bits=11),
         Format("float32_high", "float32", "high", operand_bits=16),
         Format("float32_highest", "float32", "highest"),

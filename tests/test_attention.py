@@ -5,17 +5,23 @@ import jax
 import pytest
 from cases import CASES
 
-# On a GPU twice: the best kernels that it has, and those that every GPU has.
+# On a GPU the best kernels that it has; and those that every GPU has, where some have better ones.
 BACKENDS = (
-    ("cpu", None, ()),
-    ("gpu", None, pytest.mark.gpu),
-    ("gpu", "cuda_sm80", pytest.mark.gpu),
+    ("cpu", None, battery.FORMATS["cpu"], ()),
+    ("gpu", None, battery.FORMATS["gpu"], pytest.mark.gpu),
+    ("gpu", "cuda_sm80", battery.HALVES, pytest.mark.gpu),
 )
 PARAMS = [
-    pytest.param(case, fmt, *backend, id=f"{implementation or platform}-{fmt}-{case}", marks=marks)
-    for *backend, marks in BACKENDS
-    for platform, implementation in [backend]
-    for fmt in battery.FORMATS[platform]
+    pytest.param(
+        case,
+        fmt,
+        platform,
+        implementation,
+        id=f"{implementation or platform}-{fmt}-{case}",
+        marks=marks,
+    )
+    for platform, implementation, formats, marks in BACKENDS
+    for fmt in formats
     for case in CASES
 ]
 
