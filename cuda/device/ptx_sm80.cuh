@@ -208,8 +208,8 @@ JF2_DEVICE void mbarrier_arrive(uint32_t barrier) {
 JF2_DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
-// Waits until the phase of parity `parity` has completed; asks again and again.
-JF2_DEVICE void mbarrier_poll(uint32_t barrier, uint32_t parity) {
+// Waits until the phase of parity `parity` has completed.
+JF2_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
 #define JF2_MBARRIER_ASK "mbarrier.try_wait"  // sleeps a while before it says no
 #else
@@ -219,7 +219,9 @@ JF2_DEVICE void mbarrier_poll(uint32_t barrier, uint32_t parity) {
       "{\n.reg .pred done;\n"
       "WAIT:\n" JF2_MBARRIER_ASK
       ".parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;\n}\n" ::"r"(barrier),
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #undef JF2_MBARRIER_ASK

@@ -9,7 +9,7 @@
 
 namespace jax_flash2::ptx {
 
-// ---- mbarrier: phases of arrivals and, for the copy engine, of bytes
+// ---- mbarrier, for the copy engine: phases of bytes too
 // Makes freshly initialised barriers visible to the copy engine.
 JF2_DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
@@ -19,19 +19,6 @@ JF2_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Waits until the phase of parity `parity` has completed.
-JF2_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
 // ---- Bulk copies: contiguous bytes, a multiple of 16
 JF2_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile(

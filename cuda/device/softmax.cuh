@@ -14,6 +14,21 @@ JF2_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Natural log of a sum of exponentials that is 2^m l.
+JF2_DEVICE float log_sum_exp(float m, float l) {
+  constexpr float kLn2 = 0.693147180559945f;
+  return (m + __log2f(l)) * kLn2;
+}
+
+// The maximum of row r, over the lanes that hold it.
+template <int kM, int kN>
+JF2_DEVICE float row_max(Accumulators<kM, kN>& s, int r) {
+  float x = fmaxf(at(s, r, 0, 0), at(s, r, 0, 1));
+#pragma unroll
+  for (int j = 1; j < kN / 8; ++j) x = fmaxf(x, fmaxf(at(s, r, j, 0), at(s, r, j, 1)));
+  return quad_max(x);
+}
+
 // The state of rows g, g + 8, g + 16, ... of a warp, as lane (g, t) of the accumulators holds them.
 template <int kM>
 class OnlineSoftmax {
@@ -40,10 +55,7 @@ class OnlineSoftmax {
     bool keep = kMaxLag >= 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float x = fmaxf(at(s, r, 0, 0), at(s, r, 0, 1));
-#pragma unroll
-      for (int j = 1; j < kN / 8; ++j) x = fmaxf(x, fmaxf(at(s, r, j, 0), at(s, r, j, 1)));
-      m[r] = quad_max(x) * scale_log2;
+      m[r] = row_max(s, r) * scale_log2;
       keep = keep && m[r] <= m_[r] + float(kMaxLag);
     }
     if (kMaxLag >= 0) keep = __all_sync(0xffffffffu, keep);
@@ -82,10 +94,7 @@ class OnlineSoftmax {
   }
   JF2_DEVICE float sum(int r) const { return l_[r]; }
   // Natural log of the row's sum of exponentials.
-  JF2_DEVICE float log_sum_exp(int r) const {
-    constexpr float kLn2 = 0.693147180559945f;
-    return (m_[r] + __log2f(l_[r])) * kLn2;
-  }
+  JF2_DEVICE float log_sum_exp(int r) const { return jax_flash2::log_sum_exp(m_[r], l_[r]); }
 
  private:
   // m of a row that has seen nothing. Finite, so that -inf - m is -inf and not NaN.

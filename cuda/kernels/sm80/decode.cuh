@@ -17,7 +17,6 @@
 #pragma once
 
 #include "device/hide.cuh"
-#include "device/softmax.cuh"
 #include "kernels/sm80/decode_load.cuh"
 #include "kernels/sm80/decode_merge.cuh"
 
@@ -43,14 +42,6 @@ JF2_DEVICE void hide_group(Accumulators<kRows, kKeys>& s, int g) {
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)
       if (j / 2 == g) at(s, r, j, 0) = at(s, r, j, 1) = -INFINITY;
-}
-
-template <int kRows, int kKeys>
-JF2_DEVICE float row_max(Accumulators<kRows, kKeys>& s, int r) {
-  float m = fmaxf(at(s, r, 0, 0), at(s, r, 0, 1));
-#pragma unroll
-  for (int j = 1; j < kKeys / 8; ++j) m = fmaxf(m, fmaxf(at(s, r, j, 0), at(s, r, j, 1)));
-  return quad_max(m);
 }
 
 // Blocks of a multiprocessor, for which ptxas has to leave registers. On sm_86 and sm_89 shared memory
@@ -120,7 +111,7 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
 
     // 4, 5
     const int stage = ring.stage;
-    ptx::mbarrier_poll(shared.full(stage, 0), ring.parity);
+    ptx::mbarrier_wait(shared.full(stage, 0), ring.parity);
     Accumulators<kRows, kWarpKeys> s;
     s.zero();
     if (has_keys) {
@@ -176,7 +167,7 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     meet();  // P is there, and nobody reads the maxima any more
 
     // 7
-    ptx::mbarrier_poll(shared.full(stage, 1), ring.parity);
+    ptx::mbarrier_wait(shared.full(stage, 1), ring.parity);
     gemm<kKeys>(o, p, OperandB<Math, KvTile, Major::kOuterMajor>(shared.v(stage), 0, col, lane));
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage, 1));

@@ -68,7 +68,7 @@ JF2_DEVICE void run_loader(const DecodeShared<Config>& shared, const DecodeProbl
     const int first = at.first_key() + walk.row - at.tiles.keys.begin;
     const unsigned seen = at.tiles.keys.end - at.tiles.keys.begin;
 
-    ptx::mbarrier_poll(shared.empty(ring.stage, side), ring.parity ^ 1);  // at first it is
+    ptx::mbarrier_wait(shared.empty(ring.stage, side), ring.parity ^ 1);  // at first it is
     const KvTile tile = side == 0 ? shared.k(ring.stage) : shared.v(ring.stage);
     const uint32_t to[2] = {tile.address(walk.row, walk.col), tile.address(walk.row + 4, walk.col)};
 #pragma unroll

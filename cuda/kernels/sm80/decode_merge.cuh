@@ -8,7 +8,7 @@
 // it down again, for a launch that repeats its number (a CUDA graph).
 #pragma once
 
-#include "device/gemm.cuh"
+#include "device/softmax.cuh"
 #include "kernels/sm80/decode_shared.cuh"
 
 namespace jax_flash2::sm80 {
@@ -50,9 +50,8 @@ JF2_DEVICE void rescale(Accumulators<kRows, kCols>& o, RowStates<kRows>& state, 
 JF2_DEVICE float inverse_of(float l) { return l != 0.f ? 1.f / l : 0.f; }  // NaN is not 0
 JF2_DEVICE void store_lse(const DecodeProblem& problem, const DecodePlan& plan,
                           const DecodeRows& rows, int i, float m, float l) {
-  constexpr float kLn2 = 0.693147180559945f;
   static_cast<float*>(problem.lse)[rows.lse_index(problem.shape, plan, i)] =
-      l != 0.f ? (m + __log2f(l)) * kLn2 : -INFINITY;
+      l != 0.f ? log_sum_exp(m, l) : -INFINITY;
 }
 
 // The results of rows that have seen all their keys. The accumulators begin at `col`.

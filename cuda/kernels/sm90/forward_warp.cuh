@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/hide.cuh"
+#include "device/softmax.cuh"
 #include "kernels/sm90/forward_plan.cuh"
 
 namespace jax_flash2::sm90 {
@@ -80,8 +81,7 @@ struct Consumer {
 #pragma unroll
     for (int j = 1; j < kS / 4; ++j)
       x = fmaxf(x, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+    return quad_max(x);
   }
   // s -> P = 2^(scale_log2 s - m) for the score registers [kBegin, kEnd), added to l.
   template <int kBegin, int kEnd>
@@ -135,15 +135,12 @@ struct Consumer {
     float lse[2], inverse[2];
   };
   JF2_DEVICE Rows finish_rows(const ForwardTile& tile) const {
-    constexpr float kLn2 = 0.693147180559945f;
     Rows rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = l[half];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float sum = quad_sum(l[half]);
       const bool sees = tile.row + row_in_tile() + half * 8 < tile.band.query_length && sum != 0.f;
-      rows.lse[half] = sees ? (m[half] + __log2f(sum)) * kLn2 : -INFINITY;
+      rows.lse[half] = sees ? log_sum_exp(m[half], sum) : -INFINITY;
       rows.inverse[half] = sees ? ptx::rcp(sum) : 0.f;
     }
     return rows;
