@@ -157,7 +157,8 @@ def test_sharded_training(tmp_path):
     assert set(others) <= {"all-reduce over data", "all-reduce over data and model"}
 
 
-def test_training_step(tmp_path):
+def test_training_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # where there is a GPU, it would train the large one
     printed = run("07_training_step.py", "--small", cwd=tmp_path)
     losses = [float(x) for x in re.findall(r"first step ([\d.]+)", printed)]
     assert len(losses) == 2, "ours and XLA's"
