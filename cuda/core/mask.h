@@ -73,6 +73,14 @@ struct Band {
         lower_unbounded() ? query_length : clamp(last - lower + 1, 0, query_length)};
     return rows.empty() ? Range{0, 0} : rows;
   }
+  // Rows that see all of the keys. Empty if no row does.
+  JF2_HOST_DEVICE Range rows_seeing_all(Range keys) const {
+    if (keys.end > kv_length) return {0, 0};
+    const Range rows = {
+        upper_unbounded() ? 0 : clamp(keys.end - 1 - upper, 0, query_length),
+        lower_unbounded() ? query_length : clamp(keys.begin - lower + 1, 0, query_length)};
+    return rows.empty() ? Range{0, 0} : rows;
+  }
   // True if every row of the tile sees every key of the tile: no masking needed inside it.
   JF2_HOST_DEVICE bool covers(Range rows, Range keys) const {
     return rows.end <= query_length && lo(rows.end - 1) <= keys.begin && hi(rows.begin) >= keys.end;

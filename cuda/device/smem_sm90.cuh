@@ -23,6 +23,10 @@ struct PanelTile {
     return base + (col / kPanelCols) * kPanelBytes + row * kPanelRowBytes +
            (((col % kPanelCols) * 2) ^ ((row & 7) * 16));
   }
+  // From an address in a row's first 16 columns to the one `columns` (a multiple of 16) further on.
+  static JF2_DEVICE uint32_t further(uint32_t address, int columns) {
+    return (address ^ (columns % kPanelCols * 2)) + columns / kPanelCols * kPanelBytes;
+  }
   // The tile as an operand of wgmma: the low word of its descriptor (address and leading offset,
   // both in units of 16 bytes; ptx_wgmma.cuh adds the high one). What the operand begins with moves
   // by an offset. K-major: rows are m or n, columns k.

@@ -16,7 +16,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
   RingPlace<kTiles.stages> stage;  // of the step whose S or P is in hand
   RingPlace<Smem::kDsBuffers> ds;
 
-  if (c.warpgroup() == 1) c.pass_turn();  // the first turn is the first's
+  if (c.group == 1) c.pass_turn();  // the first turn is the first's
 #pragma unroll 1
   while (true) {
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
@@ -25,6 +25,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
     const int slot = ptx::uniform(record.slot());
+    const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
     int head = 0, tile = 0;  // of the step whose S or P is in hand
     bool cut = false;        // does the band cut it?
     c.zero(dk);
@@ -33,8 +34,8 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
     auto issue_s = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      c.clear_padding(block, row(), stage.slot());
-      cut = c.is_cut(block, row());
+      cut = tile < whole.begin || tile >= whole.end;
+      if (cut) c.clear_padding(block, row(), stage.slot());
       c.take_turn();
       c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
     };

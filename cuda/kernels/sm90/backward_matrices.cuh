@@ -26,14 +26,17 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
     const int slot = ptx::uniform(record.slot());
+    const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
     int head = 0, tile = 0;  // of the step whose S or dP is in hand
+    bool cut = false;        // does the band cut it?
     c.zero(d);
 
     auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
     // S or dP of the step of `tile`.
     auto issue = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      c.clear_padding(block, row(), stage.slot());
+      cut = tile < whole.begin || tile >= whole.end;
+      if (cut) c.clear_padding(block, row(), stage.slot());
       if constexpr (kHasP) {
         c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
       } else {
@@ -52,7 +55,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         shared_p.advance();
         c.score_gradients();
       }
-      if (c.is_cut(block, row())) c.hide(block, row());
+      if (cut) c.hide(block, row());
     };
     // Packs it and hands it on.
     auto give = [&]() __attribute__((always_inline)) {

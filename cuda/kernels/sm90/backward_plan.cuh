@@ -53,7 +53,8 @@ struct alignas(16) KeyBlock {
   int batch, kv_head, split, key_block;
   int first_head, heads;  // query heads
   int first_tile, tiles;  // query tiles of each; tiles 0: nobody sees the block
-  Band band;
+  Range whole;            // of these, counted from first_tile, those that the band does not cut
+  alignas(16) Band band;
   Range keys;  // of the block, those that some query sees
   Range rows;  // of the sequence, those that see some key
   bool live;   // false: the queue is empty
@@ -77,7 +78,8 @@ JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
   block.first_head = part * block.heads;
   const Band band = p.band.at(block.batch, p.shape.query_len, p.shape.kv_len);
   const int key = at.key_block * kTiles.block_k();
-  const Range seeing = band.rows_of({key, key + kTiles.block_k()});
+  const Range keys = {key, key + kTiles.block_k()};
+  const Range seeing = band.rows_of(keys), seeing_all = band.rows_seeing_all(keys);
   const Range seen = band.keys_of({0, band.query_length});
   block.band = band;
   block.keys = {max(key, seen.begin), min(key + kTiles.block_k(), seen.end)};
@@ -85,6 +87,8 @@ JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
   block.first_tile = seeing.begin / kTiles.block_q;
   block.tiles =
       seeing.empty() ? 0 : (seeing.end + kTiles.block_q - 1) / kTiles.block_q - block.first_tile;
+  block.whole = {(seeing_all.begin + kTiles.block_q - 1) / kTiles.block_q - block.first_tile,
+                 seeing_all.end / kTiles.block_q - block.first_tile};
 }
 
 template <BackwardTiles kTiles>

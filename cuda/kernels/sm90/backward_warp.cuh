@@ -19,22 +19,24 @@ struct KeyWarp {
 
   const BackwardParams& p;
   const Smem smem;
+  const int thread = threadIdx.x;
+  const int group = ptx::uniform(thread / 128 - 1);  // the first or second warpgroup of consumers
 
   float x[kS];  // S, P, dP, dS in turn; rows are keys, columns queries
   uint32_t packed_p[kS / 2], packed_ds[kS / 2];
 
-  // Read again wherever they are needed: held, they would cost registers that the products need.
-  static JF2_DEVICE int lane() { return ptx::thread_index() & 31; }
+  // Worked out wherever they are needed: held, they would cost registers that the products need.
+  JF2_DEVICE int lane() const { return ptx::opaque(thread) & 31; }
   // Of the warp and of its warpgroup, in the block.
-  static JF2_DEVICE int first_key() {
-    return (ptx::thread_index() - 128) / 32 * 16 % kTiles.block_k();
+  JF2_DEVICE int first_key() const {
+    return (ptx::opaque(thread) - 128) / 32 * 16 % kTiles.block_k();
   }
+  JF2_DEVICE int first_key_of_group() const { return Smem::kSharesMatrices ? 0 : group * 64; }
 
   // Where warpgroups have keys of their own: their turns to issue products to the tensor cores, so that
   // one's exponentials and dS run under the other's products.
-  static JF2_DEVICE int warpgroup() { return ptx::uniform(ptx::thread_index() / 128) - 1; }
-  static JF2_DEVICE void take_turn() { ptx::barrier_sync(kProductTurn + warpgroup(), 256); }
-  static JF2_DEVICE void pass_turn() { ptx::barrier_arrive(kProductTurn + (warpgroup() ^ 1), 256); }
+  JF2_DEVICE void take_turn() const { ptx::barrier_sync(kProductTurn + group, 256); }
+  JF2_DEVICE void pass_turn() const { ptx::barrier_arrive(kProductTurn + (group ^ 1), 256); }
 
   // x = K Q^T or V dO^T of the warpgroup's keys, plus the terms of LSE or D of the queries.
   JF2_DEVICE void issue_scores(typename Smem::KV keys, typename Smem::Q queries,
@@ -44,8 +46,8 @@ struct KeyWarp {
     const int t = lane() & 3;
     const uint32_t ones = t == 0 ? kOne << 16 | kOne : (t == 1 ? kOne : 0);
     const uint32_t a[4] = {ones, ones, 0, 0};
-    const int warpgroup_key = ptx::uniform(first_key() / 64 * 64);
-    const uint32_t k = ptx::opaque(keys.k_major() + Smem::KV::k_major_offset(warpgroup_key, 0));
+    const uint32_t k =
+        ptx::opaque(keys.k_major() + Smem::KV::k_major_offset(first_key_of_group(), 0));
     const uint32_t q = ptx::opaque(queries.k_major());
     ptx::wgmma_fence();
     TermMma::template rs<true>(x, a, terms.outer_major(), 0);
@@ -80,11 +82,13 @@ struct KeyWarp {
 
   // P or dS becomes 0 where the band hides, of the tile at query `row`.
   JF2_DEVICE void hide(const KeyBlock& block, int row) {
-    const int key = block.key_block * kTiles.block_k() + first_key() + (lane() >> 2);
-    const int column = row + (lane() & 3) * 2;
+    const Band band = block.band;  // in one load
+    const int lane = this->lane();
+    const int key = block.key_block * kTiles.block_k() + first_key() + (lane >> 2);
+    const int column = row + (lane & 3) * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Range rows = block.band.rows_of({key + half * 8, key + half * 8 + 1});
+      const Range rows = band.rows_of({key + half * 8, key + half * 8 + 1});
       const int begin = rows.begin - column, end = rows.end - column;
 #pragma unroll
       for (int j = 0; j < kS / 4; ++j)
@@ -112,40 +116,39 @@ struct KeyWarp {
 #pragma unroll
     for (int i = 0; i < kS / 2; ++i) to[i] = pack2<Element>(x[2 * i], x[2 * i + 1]);
   }
-  // Between a warp's registers and its rows of a tile.
-  static JF2_DEVICE uint32_t fragment_address(Scores tile, int column) {
-    return tile.address(first_key() + (lane() & 15), column + (lane() >> 4) * 8);
+  // Between a warp's registers and its rows of a tile: where a lane's fragments begin, and what it
+  // stores and loads from there.
+  JF2_DEVICE uint32_t fragments(Scores tile) const {
+    const int lane = this->lane();
+    return tile.address(first_key() + (lane & 15), (lane >> 4) * 8);
   }
-  static JF2_DEVICE void store(Scores tile, const uint32_t (&packed)[kS / 2]) {
+  JF2_DEVICE void store(Scores tile, const uint32_t (&packed)[kS / 2]) const {
+    const uint32_t to = fragments(tile);
 #pragma unroll
     for (int c = 0; c < kTiles.block_q; c += 16) {
       const uint32_t* r = &packed[c / 4];
-      ptx::stmatrix_x4(fragment_address(tile, c), r[0], r[1], r[2], r[3]);
+      ptx::stmatrix_x4(Scores::further(to, c), r[0], r[1], r[2], r[3]);
     }
   }
-  static JF2_DEVICE void load(Scores tile, uint32_t (&packed)[kS / 2]) {
+  JF2_DEVICE void load(Scores tile, uint32_t (&packed)[kS / 2]) const {
+    const uint32_t from = fragments(tile);
 #pragma unroll
     for (int c = 0; c < kTiles.block_q; c += 16) {
       uint32_t (&r)[4] = *reinterpret_cast<uint32_t (*)[4]>(&packed[c / 4]);
-      ptx::ldmatrix_x4(r, fragment_address(tile, c));
+      ptx::ldmatrix_x4(r, Scores::further(from, c));
     }
   }
-  static JF2_DEVICE void arrive(uint32_t barrier) {
+  JF2_DEVICE void arrive(uint32_t barrier) const {
     __syncwarp();
     if (lane() == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  // Does the band cut the tile of queries at `row`?
-  static JF2_DEVICE bool is_cut(const KeyBlock& block, int row) {
-    const int key = block.key_block * kTiles.block_k();
-    return !block.band.covers({row, row + kTiles.block_q}, {key, key + kTiles.block_k()});
-  }
   // Zeroes rows of a tile outside `live`, which counts from its first row.
   template <typename Tile>
-  static JF2_DEVICE void clear_rows(Tile tile, Range live) {
+  JF2_DEVICE void clear_rows(Tile tile, Range live) const {
     constexpr int kChunks = Tile::kPanels * 8;
 #pragma unroll 1
-    for (int i = ptx::thread_index() - 128; i < Tile::kRows * kChunks; i += 256) {
+    for (int i = ptx::opaque(thread) - 128; i < Tile::kRows * kChunks; i += 256) {
       const int row = i / kChunks;
       if (row >= live.begin && row < live.end) continue;
       const uint32_t a = tile.address(row, i % kChunks * 8);
@@ -189,58 +192,63 @@ struct KeyWarp {
   // other through the warp's own rows of `staging`, from registers into whole lines.
   JF2_DEVICE void store_gradient(const KeyBlock& block, float (&d)[kD], const Target& target,
                                  Scores staging) {
-    const int key = block.key_block * kTiles.block_k() + first_key();
+    const int lane = this->lane(), first_key = this->first_key();
+    const int key = block.key_block * kTiles.block_k() + first_key;
+    const Range keys = block.keys;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = key + (lane() >> 2) + half * 8;
-      if (row >= block.keys.begin && row < block.keys.end) continue;
+      const int row = key + (lane >> 2) + half * 8;
+      if (row >= keys.begin && row < keys.end) continue;
 #pragma unroll
       for (int j = 0; j < kD / 4; ++j) d[j * 4 + half * 2] = d[j * 4 + half * 2 + 1] = 0.f;
     }
     if (p.dkv_partial != nullptr) return store_partial(block, d, target);
-    Element* const rows =
-        static_cast<Element*>(target.data) +
-        ((int64_t(block.batch) * p.shape.kv_len + key) * p.shape.kv_heads + block.kv_head) *
-            target.cols;
+    // Of a panel, a lane takes 16 bytes of every fourth row.
+    const int row = lane / 8, col = lane % 8 * 8;
+    const int rows = p.shape.kv_len - key - row;
+    const int64_t stride = int64_t(p.shape.kv_heads) * target.cols;
+    Element* const to = static_cast<Element*>(target.data) + block.kv_head * target.cols + col +
+                        (int64_t(block.batch) * p.shape.kv_len + key + row) * stride;
+    const uint32_t in = fragments(staging), out = staging.address(first_key + row, col);
 #pragma unroll
     for (int panel = 0; panel < Smem::KV::kPanels; ++panel) {
       __syncwarp();  // the panel before has been read
 #pragma unroll
-      for (int c = 0; c < kPanelCols / 16; ++c) {
-        if (panel * kPanelCols + c * 16 >= kTiles.head_dim) break;
+      for (int c = 0; c < kPanelCols; c += 16) {
+        if (panel * kPanelCols + c >= kTiles.head_dim) break;
         uint32_t r[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* const pair = &d[(panel * 4 + c) * 8 + i * 2];
+          const float* const pair = &d[(panel * kPanelCols + c) / 2 + i * 2];
           r[i] = pack2<Element>(pair[0] * target.scale, pair[1] * target.scale);
         }
-        ptx::stmatrix_x4(fragment_address(staging, c * 16), r[0], r[1], r[2], r[3]);
+        ptx::stmatrix_x4(Scores::further(in, c), r[0], r[1], r[2], r[3]);
       }
       __syncwarp();  // the panel is there
+      const bool live = panel * kPanelCols + col < target.cols;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = i * 4 + lane() / 8, col = panel * kPanelCols + lane() % 8 * 8;
-        const uint4 chunk = ptx::lds_128(staging.address(first_key() + row, lane() % 8 * 8));
-        if (key + row < p.shape.kv_len && col < target.cols)
-          *reinterpret_cast<uint4*>(rows + int64_t(row) * p.shape.kv_heads * target.cols + col) =
-              chunk;
+        const uint4 chunk = ptx::lds_128((out ^ (i % 2 * 64)) + i * 4 * kPanelRowBytes);
+        if (live && i * 4 < rows)
+          *reinterpret_cast<uint4*>(to + i * 4 * stride + panel * kPanelCols) = chunk;
       }
     }
   }
   // The same in float32, where several thread blocks have a part of a group.
   JF2_DEVICE void store_partial(const KeyBlock& block, const float (&d)[kD],
                                 const Target& target) const {
+    const int lane = this->lane();
     const int64_t all = p.shape.head_dim + p.shape.value_dim;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int key = block.key_block * kTiles.block_k() + first_key() + (lane() >> 2) + half * 8;
+      const int key = block.key_block * kTiles.block_k() + first_key() + (lane >> 2) + half * 8;
       if (key >= p.shape.kv_len) break;
       const int64_t share = int64_t(block.batch) * p.group_splits + block.split;
       const int64_t row = (share * p.shape.kv_len + key) * p.shape.kv_heads + block.kv_head;
       float* const to = p.dkv_partial + row * all + target.first_col;
 #pragma unroll
       for (int j = 0; j < kD / 4; ++j) {
-        const int col = j * 8 + (lane() & 3) * 2;
+        const int col = j * 8 + (lane & 3) * 2;
         if (col >= target.cols) break;
         *reinterpret_cast<float2*>(to + col) =
             make_float2(d[j * 4 + half * 2] * target.scale, d[j * 4 + half * 2 + 1] * target.scale);
