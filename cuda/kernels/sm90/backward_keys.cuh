@@ -45,8 +45,14 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       if (cut) c.hide(block, row());
       c.pack(c.packed_p);
     };
+    auto give_ds = [&]() __attribute__((always_inline)) {
+      ptx::fence_proxy_async();
+      c.arrive(smem.ds_full(ds.slot()));
+      ds.advance();
+    };
     // One step, whose P is packed; S and P of the next along with it unless this is the last.
-    // Nothing is in flight before or after.
+    // Nothing is in flight before or after. The fence of dS is long where the other warpgroups keep the
+    // memory busy: it runs under products, but at the end, when dS is waited for.
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
       const int now = stage.slot();
       c.take_turn();
@@ -61,9 +67,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.pack(c.packed_ds);
       ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
       c.store(smem.ds(ds.slot()), c.packed_ds);
-      ptx::fence_proxy_async();
-      c.arrive(smem.ds_full(ds.slot()));
-      ds.advance();
+      if constexpr (kLast) give_ds();
       stage.advance();
       if constexpr (!kLast) {
         if (++head == heads) head = 0, ++tile;
@@ -74,6 +78,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.issue_gradient(dk, c.packed_ds, smem.q(now));
       c.pass_turn();
       if constexpr (!kLast) {
+        give_ds();
         ptx::wgmma_wait<1>();
         take_s();
       }
