@@ -50,6 +50,21 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.arrive(smem.ds_full(ds.slot()));
       ds.advance();
     };
+    // A step of queries that see no key of this warpgroup: its dS is 0.
+    auto pass_step = [&]() __attribute__((always_inline)) {
+      ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
+      c.clear_padding(block, row(), stage.slot());
+      c.take_turn();
+      c.pass_turn();
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      c.store_zeros(smem.ds(ds.slot()));
+      give_ds();
+      c.take_turn();
+      c.pass_turn();
+      c.arrive(smem.step_empty(stage.slot()));
+      stage.advance();
+      if (++head == heads) head = 0, ++tile;
+    };
     // One step, whose P is packed; S and P of the next along with it unless this is the last.
     // Nothing is in flight before or after. The fence of dS is long where the other warpgroups keep the
     // memory busy: it runs under products, but at the end, when dS is waited for.
@@ -89,13 +104,16 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
 
     if (steps > 0) {
       c.clear_padding(block, record);
+      const int hidden = min(c.hidden_tiles(block) * heads, steps - 1);
+#pragma unroll 1
+      for (int i = 0; i < hidden; ++i) pass_step();
       issue_s();
       c.pass_turn();
       ptx::wgmma_wait<0>();
       take_s();
       ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
 #pragma unroll 1
-      for (int left = steps; left > 1; --left) step.template operator()<false>();
+      for (int left = steps - hidden; left > 1; --left) step.template operator()<false>();
       step.template operator()<true>();
     }
     // The dS buffer that comes next, once it has been read, serves as staging.

@@ -130,6 +130,12 @@ struct KeyWarp {
       ptx::stmatrix_x4(Scores::further(to, c), r[0], r[1], r[2], r[3]);
     }
   }
+  JF2_DEVICE void store_zeros(Scores tile) const {
+    const uint32_t to = fragments(tile);
+#pragma unroll
+    for (int c = 0; c < kTiles.block_q; c += 16)
+      ptx::stmatrix_x4(Scores::further(to, c), 0, 0, 0, 0);
+  }
   JF2_DEVICE void load(Scores tile, uint32_t (&packed)[kS / 2]) const {
     const uint32_t from = fragments(tile);
 #pragma unroll
@@ -143,6 +149,12 @@ struct KeyWarp {
     if (lane() == 0) ptx::mbarrier_arrive(barrier);
   }
 
+  // Query tiles at the block's beginning that see no key of the warpgroup.
+  JF2_DEVICE int hidden_tiles(const KeyBlock& block) const {
+    const int key = block.key_block * kTiles.block_k() + first_key_of_group();
+    const int first = block.band.rows_of({key, key + 64}).begin / kTiles.block_q;
+    return ptx::uniform(max(first - block.first_tile, 0));
+  }
   // Zeroes rows of a tile outside `live`, which counts from its first row.
   template <typename Tile>
   JF2_DEVICE void clear_rows(Tile tile, Range live) const {
