@@ -44,8 +44,10 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
   if (Status s = select(problem, major, selection); !s.ok()) return s;
   const int64_t tiles =
       shape.batch * shape.query_heads * (round_up(shape.query_len, kTokenTile) / kTokenTile);
-  const LaunchConfig preprocess = {
-      .blocks = tiles, .threads = kPreprocessThreads, .shared_bytes = 0, .stream = stream};
+  const LaunchConfig preprocess = {.blocks = tiles * (kTokenTile / kPreprocessRows),
+                                   .threads = kPreprocessThreads,
+                                   .shared_bytes = 0,
+                                   .stream = stream};
   if (Status s = selection.sm90 ? launch<preprocess_kernel<Element, true>>(preprocess, problem)
                                 : launch<preprocess_kernel<Element, false>>(preprocess, problem);
       !s.ok()) {

@@ -23,9 +23,10 @@ __global__ void __launch_bounds__(kPostprocessWarps * 32)
   const Shape& shape = problem.shape;
   const int64_t padded_len = round_up(shape.query_len, kTokenTile);
   const unsigned tiles = unsigned(padded_len / kRows);
-  const unsigned flat_head = blockIdx.x / tiles;
+  // Backwards: what the main kernel ended with is in L2 still.
+  const unsigned block = gridDim.x - 1 - blockIdx.x, flat_head = block / tiles;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int row = int(blockIdx.x % tiles) * kRows + warp * 16;
+  const int row = int(block % tiles) * kRows + warp * 16;
   if (row >= shape.query_len) return;
 
   const Tile tile = {ptx::shared_address(buffer) + warp * Tile::kBytes};
