@@ -36,6 +36,7 @@ HEAD_DIM_TILE = _cpu.HEAD_DIM_TILE
 MAX_HEAD_DIM = _cpu.MAX_HEAD_DIM
 SEMAPHORE_ROWS = _cpu.SEMAPHORE_ROWS
 ROW_STATS = _cpu.ROW_STATS
+QUEUES = _cpu.QUEUES
 DECODE_BLOCKS = _cpu.DECODE_BLOCKS
 DECODE_ROWS = _cpu.DECODE_ROWS
 HEAD_DIM_MULTIPLE = 8
@@ -102,8 +103,7 @@ def backward(q, k, v, out, lse, dout, dlse, bounds, spec):
 
 def backward_results(q, k, v, mode):
     """What the backward writes: dq, dk, dv; then row_stats, dq_accum, semaphores, dkv_partial,
-    the shares of dK and dV that are still to be summed, if there are several, and
-    next_block."""
+    the shares of dK and dV that are still to be summed, if there are several, and queues."""
     *batch, t, n, h = q.shape
     s, k_heads, hv = v.shape[-3:]
     splits = _group_splits(math.prod(batch), t, s, n, k_heads)
@@ -118,7 +118,7 @@ def backward_results(q, k, v, mode):
         jax.ShapeDtypeStruct(
             (*batch, splits if splits > 1 else 0, s, k_heads, h + hv), jnp.float32
         ),
-        jax.ShapeDtypeStruct((*batch, 1), jnp.int32),
+        jax.ShapeDtypeStruct((*batch, QUEUES), jnp.int32),
     )
 
 

@@ -51,7 +51,7 @@ BACKWARD = {
     "dq_accum": struct(B, N, TP, _cpu.HEAD_DIM_TILE),
     "semaphores": struct(B, N, TP // _cpu.SEMAPHORE_ROWS, dtype="int32"),
     "dkv_partial": struct(B, N // K, S, K, H + HV),
-    "next_block": struct(B, 1, dtype="int32"),
+    "queues": struct(B, _cpu.QUEUES, dtype="int32"),
 }
 PASSES = {"forward": (FORWARD, 4), "backward": (BACKWARD, 8)}
 

@@ -28,7 +28,7 @@ def test_fields_are_those_of_the_kernels(module):
 def test_constants_are_those_of_the_kernels(module):
     for name in ("TOKEN_TILE", "HEAD_DIM_TILE", "MAX_HEAD_DIM", "SEMAPHORE_ROWS", "ROW_STATS"):
         assert getattr(module, name) == getattr(_ffi, name)
-    for name in ("DECODE_BLOCKS", "DECODE_ROWS"):
+    for name in ("QUEUES", "DECODE_BLOCKS", "DECODE_ROWS"):
         assert getattr(module, name) == getattr(_ffi, name)
     assert module.PAGE_MULTIPLE == _checks.PAGE_MULTIPLE
 

@@ -23,4 +23,4 @@ def test_every_shape_and_layout(tmp_path):
     subprocess.run([nvcc, *flags, f"-I{HERE.parent / 'cuda'}", "-o", binary, source], check=True)
     run = subprocess.run([binary], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
-    assert run.stdout.strip().endswith("96 passed, 0 failed")
+    assert run.stdout.strip().endswith("108 passed, 0 failed")

@@ -73,6 +73,13 @@ struct Band {
         lower_unbounded() ? query_length : clamp(last - lower + 1, 0, query_length)};
     return rows.empty() ? Range{0, 0} : rows;
   }
+  // Keys that all of the rows see, but for rows past the query length. Empty if no key is.
+  JF2_HOST_DEVICE Range keys_seen_by_all(Range rows) const {
+    const int last = (rows.end < query_length ? rows.end : query_length) - 1;
+    if (last < rows.begin) return {0, 0};
+    const Range keys = {lo(last), hi(rows.begin)};
+    return keys.empty() ? Range{0, 0} : keys;
+  }
   // Rows that see all of the keys. Empty if no row does.
   JF2_HOST_DEVICE Range rows_seeing_all(Range keys) const {
     if (keys.end > kv_length) return {0, 0};

@@ -87,6 +87,10 @@ enum RowStat {
   kRowStats = 3
 };
 
+// What the persistent kernels of a backward take in turn: pieces handed out, the first sequence's count
+// for all.
+enum Queue { kKeyBlocks, kQueryTiles, kQueues };
+
 // D = rowsum(dO * O) - dLSE, dP = dO V^T, dS = P * (dP - D),
 // dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO; dK and dV are summed over the heads of a
 // group.
@@ -114,7 +118,7 @@ struct BackwardProblem {
   int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
   float* dkv_partial;  // [B, group_splits, S, K, H + Hv]: shares of dK and dV; null if there is one
   int group_splits;    // parts of a group, a divisor of N / K; 1 where a thread block does it whole
-  int32_t* next_block;  // [B], a workspace: the queue of key blocks of persistent kernels
+  int32_t* queues;     // [B, kQueues], a workspace: of persistent kernels; see Queue
 };
 
 }  // namespace jax_flash2

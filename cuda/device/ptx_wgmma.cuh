@@ -77,6 +77,62 @@ template <> struct Wgmma<32, __nv_bfloat16> {
           "n"(int(kOuterMajorB)));
   }
 };
+template <> struct Wgmma<48, __half> {
+  template <bool kOuterMajorA, bool kOuterMajorB>
+  static JF2_DEVICE void ss(float (&d)[24], uint32_t a, uint32_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 a, {%24, 0x40000040};\nmov.b64 b, {%25, 0x40000040};\nsetp.ne.b32 p, %26, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, "
+        "a, b, p, 1, 1, %27, %28;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+        : "r"(a), "r"(b), "r"(accumulate),
+          "n"(int(kOuterMajorA)), "n"(int(kOuterMajorB)));
+  }
+  template <bool kOuterMajorB>
+  static JF2_DEVICE void rs(float (&d)[24], const uint32_t (&a)[4], uint32_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 b, {%28, 0x40000040};\nsetp.ne.b32 p, %29, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, "
+        "{%24, %25, %26, %27}, b, p, 1, 1, %30;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate),
+          "n"(int(kOuterMajorB)));
+  }
+};
+template <> struct Wgmma<48, __nv_bfloat16> {
+  template <bool kOuterMajorA, bool kOuterMajorB>
+  static JF2_DEVICE void ss(float (&d)[24], uint32_t a, uint32_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 a, {%24, 0x40000040};\nmov.b64 b, {%25, 0x40000040};\nsetp.ne.b32 p, %26, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, "
+        "a, b, p, 1, 1, %27, %28;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+        : "r"(a), "r"(b), "r"(accumulate),
+          "n"(int(kOuterMajorA)), "n"(int(kOuterMajorB)));
+  }
+  template <bool kOuterMajorB>
+  static JF2_DEVICE void rs(float (&d)[24], const uint32_t (&a)[4], uint32_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 b, {%28, 0x40000040};\nsetp.ne.b32 p, %29, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, "
+        "{%24, %25, %26, %27}, b, p, 1, 1, %30;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate),
+          "n"(int(kOuterMajorB)));
+  }
+};
 template <> struct Wgmma<64, __half> {
   template <bool kOuterMajorA, bool kOuterMajorB>
   static JF2_DEVICE void ss(float (&d)[32], uint32_t a, uint32_t b, int accumulate) {

@@ -31,4 +31,14 @@ __device__ __forceinline__ void store_terms(char* tile, int query, float minus_x
   }
 }
 
+// The sum of the terms that store_terms wrote.
+__device__ __forceinline__ float load_terms(const char* tile, int query) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = kTermRows - 1; i >= 0; --i)
+    sum += __bfloat162float(
+        *reinterpret_cast<const __nv_bfloat16*>(tile + i * 128 + ((query * 2) ^ (i * 16))));
+  return sum;
+}
+
 }  // namespace jax_flash2

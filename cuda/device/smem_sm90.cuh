@@ -2,6 +2,7 @@
 // 128-byte swizzle, all rows of a panel one after the other.
 #pragma once
 
+#include "core/mask.h"
 #include "device/ptx_sm90.cuh"
 
 namespace jax_flash2 {
@@ -43,5 +44,30 @@ struct PanelTile {
     return (column / kPanelCols) * (kPanelBytes >> 4);
   }
 };
+
+// Rows of one head, all panels of the tile.
+template <typename Tile>
+JF2_DEVICE void load_rows(Tile tile, const CUtensorMap* map, uint32_t full, int head, int row,
+                          int batch) {
+#pragma unroll 1
+  for (int panel = 0; panel < Tile::kPanels; ++panel)
+    ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * kPanelCols, head,
+                     row, batch);
+}
+
+// Zeroes the rows of a tile of K or V at `key` that no query of the sequence sees, by one warp: 0 * NaN
+// would reach a sum over the keys.
+template <typename Tile>
+JF2_DEVICE void clear_hidden_rows(Tile tile, int key, Range visible, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < Tile::kBytes / 8; i += 32) {
+    const int row = i / (Tile::kBytes / Tile::kRows / 8),
+              column = i % (Tile::kBytes / Tile::kRows / 8) * 4;
+    if (key + row < visible.begin || key + row >= visible.end)
+      ptx::sts_f32x2(tile.address(row, column), 0.f, 0.f);
+  }
+  ptx::fence_proxy_async();
+  __syncwarp();
+}
 
 }  // namespace jax_flash2

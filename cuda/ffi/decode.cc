@@ -295,7 +295,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   problem.dk = b.dk.untyped_data();
   problem.dv = b.dv.untyped_data();
   problem.row_stats = b.row_stats.untyped_data();
-  problem.next_block = static_cast<int32_t*>(b.next_block.untyped_data());
+  problem.queues = static_cast<int32_t*>(b.queues.untyped_data());
   if (Status s = decode(spec, problem); !s.ok()) return s;
   if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
 
@@ -336,7 +336,7 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
                     {"dq_accum", b.dq_accum, DataType::F32, {N, Tp, Hp}},
                     {"semaphores", b.semaphores, DataType::S32, {N, turns}},
                     {"dkv_partial", b.dkv_partial, DataType::F32, {splits, S, K, H + Hv}},
-                    {"next_block", b.next_block, DataType::S32, {1}}});
+                    {"queues", b.queues, DataType::S32, {kQueues}}});
 }
 
 Status decode(const DecodeBuffers& b, const DecodeSpec& spec, DecodeProblem& problem) {

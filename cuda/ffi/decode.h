@@ -23,7 +23,7 @@ struct ForwardBuffers {
 
 struct BackwardBuffers {
   AnyBuffer q, k, v, out, lse, dout, dlse, dq, dk, dv, row_stats, dq_accum, semaphores, dkv_partial,
-      next_block;
+      queues;
   std::optional<AnyBuffer> bounds = std::nullopt;
 };
 

@@ -75,7 +75,7 @@ class Handlers {
   static Error run_backward(Context context, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
                             AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, Bounds bounds, Output dq,
                             Output dk, Output dv, Output row_stats, Output dq_accum,
-                            Output semaphores, Output dkv_partial, Output next_block,
+                            Output semaphores, Output dkv_partial, Output queues,
                             AttentionSpec spec) {
     const BackwardBuffers buffers = {.q = q,
                                      .k = k,
@@ -91,7 +91,7 @@ class Handlers {
                                      .dq_accum = *dq_accum,
                                      .semaphores = *semaphores,
                                      .dkv_partial = *dkv_partial,
-                                     .next_block = *next_block,
+                                     .queues = *queues,
                                      .bounds = bounds};
     return run<BackwardProblem>(context, buffers, spec);
   }

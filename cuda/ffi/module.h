@@ -80,6 +80,7 @@ void define_module(nanobind::module_& m) {
   m.attr("HEAD_DIM_TILE") = kHeadDimTile;
   m.attr("SEMAPHORE_ROWS") = kSemaphoreRows;
   m.attr("ROW_STATS") = int{kRowStats};
+  m.attr("QUEUES") = int{kQueues};
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   m.attr("DECODE_BLOCKS") = kDecodeBlocks;
   m.attr("DECODE_ROWS") = kDecodeRows;

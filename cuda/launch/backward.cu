@@ -32,7 +32,7 @@ Status zero_gradients(const BackwardProblem& problem, size_t element, cudaStream
 }
 
 template <typename Element>
-Status run(const BackwardProblem& problem, cudaStream_t stream) {
+Status run(BackwardProblem problem, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   // Where nobody sees anything there is nothing to launch.
   if (shape.query_len == 0 || shape.kv_len == 0 || problem.band.lower > problem.band.upper) {
@@ -42,6 +42,7 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
   Selection selection;
   if (Status s = compute_capability_major(major); !s.ok()) return s;
   if (Status s = select(problem, major, selection); !s.ok()) return s;
+  if (selection.split) problem.dq_accum = nullptr, problem.semaphores = nullptr;
   const int64_t tiles =
       shape.batch * shape.query_heads * (round_up(shape.query_len, kTokenTile) / kTokenTile);
   const LaunchConfig preprocess = {.blocks = tiles * (kTokenTile / kPreprocessRows),
@@ -72,7 +73,7 @@ Status run(const BackwardProblem& problem, cudaStream_t stream) {
       return s;
     }
   }
-  if (problem.mode == BackwardMode::kSplit) return {};
+  if (selection.split) return {};
   return launch<postprocess_kernel<Element>>(
       {.blocks = tiles * (kTokenTile / (kPostprocessWarps * 16)),
        .threads = kPostprocessWarps * 32,

@@ -14,7 +14,7 @@ namespace jax_flash2::gpu {
 template <int kHeadDim>
 Status launch_backward(const BackwardProblem& problem, cudaStream_t stream);
 
-// Hopper: float16 and bfloat16, with the queue `next_block`.
+// Hopper: float16 and bfloat16, with the queues. Without dq_accum, dQ in a kernel of its own.
 template <int kHeadDim>
 Status launch_backward_sm90(const BackwardProblem& problem, cudaStream_t stream);
 

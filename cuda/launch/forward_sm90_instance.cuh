@@ -1,33 +1,14 @@
 // The sm_90a forward of one head-dim template. Compiled for sm_90a alone.
 #pragma once
 
-#include <algorithm>
 #include <numbers>
 
 #include "kernels/sm90/forward.cuh"
 #include "launch/forward.h"
 #include "launch/tensor_map.h"
+#include "launch/tile_order.h"
 
 namespace jax_flash2::gpu {
-
-// Full attention: head by head. A band makes tiles unequal: longest first within sections of heads,
-// of four tiles a thread block. Short rows pass over their keys and values often, and find them
-// in L2 if it is two; as long ones do where four would take too much of it.
-template <sm90::ForwardTiles kTiles>
-sm90::TileOrder tile_order(const ForwardProblem& problem, int query_tiles, int blocks) {
-  constexpr int kLongRow = 4096;
-  const Shape& s = problem.shape;
-  const int heads = static_cast<int>(s.batch * s.query_heads);
-  if (problem.band.upper >= kUnbounded && problem.band.lower <= -kUnbounded)
-    return {query_tiles, heads, 0};
-  const int64_t kv_bytes = int64_t{2} * s.kv_len * (s.head_dim + s.value_dim);
-  const auto section = [&](int tiles) {
-    return round_up(std::max(1, tiles * blocks / query_tiles), s.group());
-  };
-  const bool four =
-      s.kv_len >= kLongRow && section(4) / s.group() * kv_bytes <= int64_t{kTiles.section_mb} << 20;
-  return {query_tiles, heads, static_cast<int>(std::min<int64_t>(heads, section(four ? 4 : 2)))};
-}
 
 template <int kHeadDim>
 Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
@@ -65,7 +46,8 @@ Status launch_forward_sm90(const ForwardProblem& problem, cudaStream_t stream) {
       .shape = s,
       .band = problem.band,
       .scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e),
-      .order = tile_order<kTiles>(problem, query_tiles, static_cast<int>(blocks)),
+      .order =
+          tile_order(s, problem.band, query_tiles, static_cast<int>(blocks), kTiles.section_mb),
       .blocks = static_cast<int>(blocks),
       .lse = static_cast<float*>(problem.lse),
       .out = problem.out,

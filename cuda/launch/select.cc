@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <sstream>
 
+#include "kernels/sm90/tiles_backward.h"
+
 namespace jax_flash2::gpu {
 namespace {
 
@@ -32,6 +34,7 @@ const char* why_not_sm90(const Problem& problem, int major) {
 
 Status select(const Shape& shape, const char* obstacle, Selection& selection) {
   selection.sm90 = obstacle == nullptr;
+  selection.split = false;
   selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
   return select_head_dim(shape, selection);
 }
@@ -43,10 +46,14 @@ Status select(const ForwardProblem& problem, int major, Selection& selection) {
 }
 
 Status select(const BackwardProblem& problem, int major, Selection& selection) {
-  const char* obstacle = why_not_sm90(problem, major);
-  if (obstacle == nullptr && problem.mode != BackwardMode::kFused)
-    obstacle = "those made for Hopper have fused mode alone";
-  return select(problem.shape, obstacle, selection);
+  if (Status s = select(problem.shape, why_not_sm90(problem, major), selection); !s.ok()) return s;
+  // On Hopper a kernel of its own is also the fastest way to dQ in a fixed order.
+  selection.split = problem.mode == BackwardMode::kSplit;
+  if (selection.sm90 && !selection.split) {
+    selection.split = problem.mode == BackwardMode::kDeterministic ||
+                      !sm90::backward_tiles(selection.head_dim).fuses_dq();
+  }
+  return {};
 }
 
 std::string select_code(const std::string& archs, int major, int minor) {

@@ -131,7 +131,7 @@ void check_widths() {
 }
 
 int main() {
-  check_widths<32, 64, 80, 96, 112, 128, 192, 256>();
+  check_widths<32, 48, 64, 80, 96, 112, 128, 192, 256>();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

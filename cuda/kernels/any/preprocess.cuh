@@ -2,7 +2,7 @@
 // 2, and workspaces that start at zero.
 //
 // One thread block owns 32 rows of one head, padding included; eight threads share a row.
-//   1  zeros into the sums of dQ and the semaphores of these rows, and into the queue
+//   1  zeros into the sums of dQ and the semaphores of these rows, and into the queues
 //   2  D = rowsum(dO * O) - dLSE; 0 where the row sees nothing or is padding
 //   3  scaled LSE = LSE * log2(e); +inf there, so that exp2(S - LSE) is 0 whatever S is. Or, for the
 //      sm_90a kernels, D and LSE / scale as terms (device/row_terms.cuh).
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (problem.semaphores != nullptr && thread < kPreprocessRows / kSemaphoreRows) {
     problem.semaphores[padded_row / kSemaphoreRows + thread] = 0;
   }
-  if (blockIdx.x == 0 && thread == 0) *problem.next_block = 0;
+  if (blockIdx.x == 0 && thread < kQueues) problem.queues[thread] = 0;
 
   // 2
   float sum = 0.f;

@@ -14,7 +14,8 @@
 //     d  S of the next step, and dK += dS^T Q. S arrives, and its exponentials run under dK.
 //     Where dK and dV of 64 keys are too much for one, they share the keys (backward_matrices.cuh): one
 //     does a and dV, the other b, c and dK.
-//   4 The first warpgroup multiplies dQ = dS K and adds it to float32 sums in global memory.
+//   4 The first warpgroup multiplies dQ = dS K and adds it to float32 sums in global memory. Where dQ
+//     has a kernel of its own (split_dq.cuh), dS stays in registers, and one warp loads.
 //   5 At the end dV and dK leave through the tiles of dS or P, while the next block's K and V arrive.
 #pragma once
 
@@ -24,7 +25,7 @@
 
 namespace jax_flash2::sm90 {
 
-template <int kHeadDim, typename Math>
+template <int kHeadDim, typename Math, bool kHasDq>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map,
                     const __grid_constant__ CUtensorMap k_map,
@@ -32,19 +33,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                     const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ BackwardParams p) {
   constexpr BackwardTiles kTiles = backward_tiles(kHeadDim);
+  static_assert(!kHasDq || kTiles.fuses_dq());
   using Smem = BackwardSmem<kTiles>;
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::shared_address(shared), base = (unaligned + 1023) & ~1023u;
   const Smem smem{base,
                   reinterpret_cast<KeyBlock*>(shared + (base - unaligned) + Smem::kBlockRecords)};
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / 128);
   if (thread == 0) {
     constexpr int kWarps = 8, kWarpgroup = 4;  // of the consumers, of each warpgroup
     constexpr int kDsWarps = Smem::kSharesMatrices ? kWarpgroup : kWarps;
+    constexpr int kDqWarps = kHasDq ? kWarpgroup : 1;
     for (int i = 0; i < KeyBlock::kSlots; ++i) {
       ptx::mbarrier_init(smem.k_full(i), 1);
       ptx::mbarrier_init(smem.v_full(i), 1);
-      ptx::mbarrier_init(smem.block_empty(i), kWarps + kWarpgroup);
+      ptx::mbarrier_init(smem.block_empty(i), kWarps + kDqWarps);
     }
     for (int i = 0; i < kTiles.stages; ++i) {
       ptx::mbarrier_init(smem.step_full(i), 1);
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     }
     for (int i = 0; i < Smem::kDsBuffers; ++i) {
       ptx::mbarrier_init(smem.ds_full(i), kDsWarps);
-      ptx::mbarrier_init(smem.ds_empty(i), kWarpgroup);
+      ptx::mbarrier_init(smem.ds_empty(i), kDqWarps);
     }
     ptx::mbarrier_init(smem.p_full(), kWarpgroup);
     ptx::mbarrier_init(smem.p_empty(), kWarpgroup);
@@ -63,14 +66,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::sts_f32x2(base + Smem::kLse + i, 0.f, 0.f);
   ptx::fence_proxy_async();
   __syncthreads();  // barriers and terms stand
-  if (thread < 128) {
+  if (warpgroup == 0) {
     ptx::setmaxnreg_dec<kTiles.dq_registers>();
-    load_and_multiply_dq<kTiles, Math>(p, smem, &q_map, &k_map, &v_map, &dout_map);
+    load_and_multiply_dq<kTiles, Math, kHasDq>(p, smem, &q_map, &k_map, &v_map, &dout_map);
   } else {
     ptx::setmaxnreg_inc<kTiles.consumer_registers>();
     if constexpr (!Smem::kSharesMatrices) {
-      consume_keys<kTiles, Math>(p, smem);
-    } else if (thread < 256) {
+      consume_keys<kTiles, Math, kHasDq>(p, smem);
+    } else if (warpgroup == 1) {
       consume_matrices<kTiles, Math, true>(p, smem);
     } else {
       consume_matrices<kTiles, Math, false>(p, smem);

@@ -1,5 +1,5 @@
-// The first warpgroup of the sm_90a backward: it loads for all, and multiplies dQ. Steps as in
-// backward.cuh.
+// The first warpgroup of the sm_90a backward: it loads for all, and multiplies dQ, unless that has a
+// kernel of its own. Steps as in backward.cuh.
 #pragma once
 
 #include "device/dq_accum.cuh"
@@ -176,7 +176,7 @@ struct DqWarp {
   }
 };
 
-template <BackwardTiles kTiles, typename Math>
+template <BackwardTiles kTiles, typename Math, bool kHasDq>
 JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTiles> smem,
                                      const CUtensorMap* q_map, const CUtensorMap* k_map,
                                      const CUtensorMap* v_map, const CUtensorMap* dout_map) {
@@ -184,6 +184,7 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
   const DqWarp<kTiles, Math> work{p, smem};
   BackwardLoader<kTiles> loader{p, smem, q_map, k_map, v_map, dout_map};
   const bool loads = ptx::uniform(ptx::thread_index() / 32) == 0;
+  if (!kHasDq && !loads) return;
   RingPlace<KeyBlock::kSlots> record;  // of the block in hand
   RingPlace<Smem::kDsBuffers> ds;      // of the step whose dQ comes next
   auto arrive = [](uint32_t barrier) __attribute__((always_inline)) {
@@ -213,13 +214,17 @@ JF2_DEVICE void load_and_multiply_dq(const BackwardParams& p, BackwardSmem<kTile
       if (loads) loader.load_ahead(record.slot());
       ptx::mbarrier_wait(smem.ds_full(ds.slot()), ds.parity());
       if (loads && now.left == 1) next_k();  // consumers multiplied with V for the last time
-      work.add_step(block, now, ds.slot(),
-                    [&]() __attribute__((always_inline)) { arrive(smem.ds_empty(ds.slot())); });
+      auto release = [&]() __attribute__((always_inline)) { arrive(smem.ds_empty(ds.slot())); };
+      if constexpr (kHasDq) {
+        work.add_step(block, now, ds.slot(), release);
+      } else {
+        release();
+      }
       ds.advance();
       --loader.waiting;
     }
     // K is free too: this warpgroup multiplied its last dQ with it.
-    ptx::barrier_sync(kFirstWarpgroup, 128);
+    if constexpr (kHasDq) ptx::barrier_sync(kFirstWarpgroup, 128);
     arrive(smem.block_empty(record.slot()));
     if (loads) {
       if (!has_steps) next_k();

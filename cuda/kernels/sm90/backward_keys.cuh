@@ -6,7 +6,7 @@
 
 namespace jax_flash2::sm90 {
 
-template <BackwardTiles kTiles, typename Math>
+template <BackwardTiles kTiles, typename Math, bool kHasDq>
 JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem) {
   using Smem = BackwardSmem<kTiles>;
   using Work = KeyWarp<kTiles, Math>;
@@ -46,7 +46,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.pack(c.packed_p);
     };
     auto give_ds = [&]() __attribute__((always_inline)) {
-      ptx::fence_proxy_async();
+      if constexpr (kHasDq) ptx::fence_proxy_async();
       c.arrive(smem.ds_full(ds.slot()));
       ds.advance();
     };
@@ -57,7 +57,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.take_turn();
       c.pass_turn();
       ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      c.store_zeros(smem.ds(ds.slot()));
+      if constexpr (kHasDq) c.store_zeros(smem.ds(ds.slot()));
       give_ds();
       c.take_turn();
       c.pass_turn();
@@ -81,7 +81,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       if (cut) c.hide(block, row());
       c.pack(c.packed_ds);
       ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      c.store(smem.ds(ds.slot()), c.packed_ds);
+      if constexpr (kHasDq) c.store(smem.ds(ds.slot()), c.packed_ds);
       if constexpr (kLast) give_ds();
       stage.advance();
       if constexpr (!kLast) {

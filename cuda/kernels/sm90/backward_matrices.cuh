@@ -68,8 +68,6 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       } else {
         c.pack(c.packed_ds);
         ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-        c.store(smem.ds(ds.slot()), c.packed_ds);
-        ptx::fence_proxy_async();
         c.arrive(smem.ds_full(ds.slot()));
         ds.advance();
       }

@@ -135,8 +135,8 @@ struct BackwardSmem {
   JF2_DEVICE uint32_t step_empty(int stage) const {
     return barrier(kSteps + kTiles.stages + stage);
   }
-  // dS of a step is written, and nothing of the step before is read any more but by its dQ; dS has
-  // been read.
+  // dS of a step is written (or, where dQ has a kernel of its own, at hand), and nothing of the step
+  // before is read any more but by its dQ; dS has been read.
   JF2_DEVICE uint32_t ds_full(int i) const { return barrier(kScores + i); }
   JF2_DEVICE uint32_t ds_empty(int i) const { return barrier(kScores + kDsBuffers + i); }
   // P of a step is written for the warpgroup that has dS; it has been read.

@@ -6,16 +6,6 @@
 
 namespace jax_flash2::sm90 {
 
-// Rows of one head, all panels of the tile.
-template <typename Tile>
-JF2_DEVICE void load_rows(Tile tile, const CUtensorMap* map, uint32_t full, int head, int row,
-                          int batch) {
-#pragma unroll 1
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * kPanelCols, head,
-                     row, batch);
-}
-
 // A tile whose rows see nothing: O = 0, log-sum-exp = -inf.
 template <ForwardTiles kTiles>
 JF2_DEVICE void write_hidden_tile(const ForwardParams& p, const ForwardTile& tile, int lane) {
@@ -113,20 +103,6 @@ JF2_DEVICE void schedule(const ForwardParams& p, ForwardSmem<kTiles> smem, const
   hand_out_end();
 }
 
-// Zeroes the rows of a V tile that no query of the sequence sees: 0 * NaN would reach O.
-template <typename Tile>
-JF2_DEVICE void clear_hidden_values(Tile v, int key, Range visible, int lane) {
-#pragma unroll 1
-  for (int i = lane; i < Tile::kBytes / 8; i += 32) {
-    const int row = i / (Tile::kBytes / Tile::kRows / 8),
-              column = i % (Tile::kBytes / Tile::kRows / 8) * 4;
-    if (key + row < visible.begin || key + row >= visible.end)
-      ptx::sts_f32x2(v.address(row, column), 0.f, 0.f);
-  }
-  ptx::fence_proxy_async();
-  __syncwarp();
-}
-
 template <ForwardTiles kTiles>
 JF2_DEVICE void load(ForwardSmem<kTiles> smem, const CUtensorMap* k_map, const CUtensorMap* v_map,
                      int lane) {
@@ -175,7 +151,7 @@ JF2_DEVICE void load(ForwardSmem<kTiles> smem, const CUtensorMap* k_map, const C
         }
         if (hides) {
           ptx::mbarrier_wait(full, cleared++ & 1);
-          clear_hidden_values(smem.v(slot), v_key, visible, lane);
+          clear_hidden_rows(smem.v(slot), v_key, visible, lane);
           if (lane == 0) ptx::mbarrier_arrive(smem.v_full(slot));
         }
       }

@@ -4,6 +4,7 @@
 
 #include "device/hide.cuh"
 #include "device/softmax.cuh"
+#include "device/store_rows.cuh"
 #include "kernels/sm90/forward_plan.cuh"
 
 namespace jax_flash2::sm90 {
@@ -209,33 +210,8 @@ struct Consumer {
     Element* const out = static_cast<Element*>(p.out) +
                          (int64_t(tile.batch) * shape.query_len + row) * stride +
                          int64_t(tile.head) * shape.value_dim;
-#pragma unroll
-    for (int j = 0; j < kO / 4; j += 4) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t x[4] = {output(j, half, inverse), output(j + 1, half, inverse),
-                         output(j + 2, half, inverse), output(j + 3, half, inverse)};
-        transpose_quad(x);
-        const int column = (j + (lane & 3)) * 8;
-        if (row + half * 8 < shape.query_len && column < shape.value_dim)
-          *reinterpret_cast<uint4*>(out + half * 8 * stride + column) =
-              make_uint4(x[0], x[1], x[2], x[3]);
-      }
-    }
-  }
-  // The lanes of a quad exchange registers: lane t gets x[t] of each, 16 contiguous bytes of a row.
-  JF2_DEVICE void transpose_quad(uint32_t (&x)[4]) const {
-    const bool odd = lane & 1, high = lane & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t y = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-      (odd ? x[i] : x[i + 1]) = y;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t y = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
-      (high ? x[i] : x[i + 2]) = y;
-    }
+    store_rows<kO / 4>(out, stride, shape.query_len - row, shape.value_dim, lane,
+                       [&](int j, int half) { return output(j, half, inverse); });
   }
 };
 

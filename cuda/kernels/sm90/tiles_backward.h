@@ -8,7 +8,7 @@ namespace jax_flash2::sm90 {
 // How the two consumer warpgroups share a key block.
 enum class Share {
   kKeys,      // 64 keys each
-  kMatrices,  // the same 64 keys: one has S, P and dV, the other dP, dS and dK
+  kMatrices,  // the same 64 keys: one has S, P and dV, the other dP, dS and dK. dQ is not fused
 };
 
 struct BackwardTiles {
@@ -21,6 +21,9 @@ struct BackwardTiles {
   int consumer_registers;  // a thread of the others
 
   JF2_HOST_DEVICE constexpr int block_k() const { return share == Share::kKeys ? 128 : 64; }
+  // With 64 keys a block there would be twice as many additions to dQ. They take longer than the two
+  // products more of the split mode, which therefore serves as fused mode, too.
+  JF2_HOST_DEVICE constexpr bool fuses_dq() const { return share == Share::kKeys; }
 };
 
 // Measured choices: benchmarks/RESULTS.md. S or dP (block_q / 2 registers), P and dS (half of that)
@@ -52,20 +55,74 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .share = Share::kMatrices,
      .block_q = 64,
      .stages = 2,
-     .dq_cols = 64,
-     .dq_registers = 72,
-     .consumer_registers = 216},
+     .dq_cols = 0,
+     .dq_registers = 40,
+     .consumer_registers = 232},
     {.head_dim = 256,
      .share = Share::kMatrices,
      .block_q = 64,
      .stages = 2,
-     .dq_cols = 64,
-     .dq_registers = 72,
-     .consumer_registers = 216},
+     .dq_cols = 0,
+     .dq_registers = 40,
+     .consumer_registers = 232},
 };
 
 JF2_HOST_DEVICE constexpr BackwardTiles backward_tiles(int head_dim) {
   for (const BackwardTiles& row : kBackwardTiles)
+    if (row.head_dim == head_dim) return row;
+  return {};
+}
+
+// dQ of the split mode, which has a kernel of its own.
+struct DqTiles {
+  int head_dim;
+  int consumers;           // warpgroups of 64 query rows
+  int block_k;             // keys a step
+  int slots;               // tiles of K and V in flight, together
+  int producer_registers;  // a thread, after setmaxnreg
+  int consumer_registers;
+
+  JF2_HOST_DEVICE constexpr int block_q() const { return 64 * consumers; }
+  JF2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
+};
+
+// S and dP (block_k / 2 registers each) and dQ (head_dim / 2) must fit a consumer thread; Q, dO and the
+// slots the 227 KB of shared memory.
+inline constexpr DqTiles kDqTiles[] = {
+    {.head_dim = 64,
+     .consumers = 3,
+     .block_k = 64,
+     .slots = 12,
+     .producer_registers = 32,
+     .consumer_registers = 160},
+    {.head_dim = 96,
+     .consumers = 2,
+     .block_k = 128,
+     .slots = 5,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 128,
+     .consumers = 2,
+     .block_k = 128,
+     .slots = 5,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 192,
+     .consumers = 2,
+     .block_k = 64,
+     .slots = 5,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+    {.head_dim = 256,
+     .consumers = 2,
+     .block_k = 48,
+     .slots = 4,
+     .producer_registers = 40,
+     .consumer_registers = 232},
+};
+
+JF2_HOST_DEVICE constexpr DqTiles dq_tiles(int head_dim) {
+  for (const DqTiles& row : kDqTiles)
     if (row.head_dim == head_dim) return row;
   return {};
 }
