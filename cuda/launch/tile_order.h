@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "kernels/sm90/forward_plan.cuh"
+#include "core/problem.h"
+#include "kernels/sm90/tile_order.cuh"
 
 namespace jax_flash2::gpu {
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/problem.h"
+#include "device/ring.cuh"
 #include "device/row_terms.cuh"
 #include "device/smem_sm90.cuh"
 #include "kernels/sm90/tiles_backward.h"
@@ -146,17 +147,6 @@ struct BackwardSmem {
  private:
   static constexpr int kSteps = 3 * KeyBlock::kSlots, kScores = kSteps + 2 * kTiles.stages;
   JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
-};
-
-// A place in a ring of kSize slots: the slot, and the parity of its current phase, which flips each
-// time round.
-template <int kSize>
-struct RingPlace {
-  int count = 0;  // modulo two rounds
-
-  JF2_DEVICE int slot() const { return count < kSize ? count : count - kSize; }
-  JF2_DEVICE uint32_t parity() const { return count < kSize ? 0 : 1; }
-  JF2_DEVICE void advance() { count = count + 1 == 2 * kSize ? 0 : count + 1; }
 };
 
 }  // namespace jax_flash2::sm90

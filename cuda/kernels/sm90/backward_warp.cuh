@@ -2,6 +2,7 @@
 // out for dK and dV. Steps as in backward.cuh.
 #pragma once
 
+#include "device/hide.cuh"
 #include "device/math.cuh"
 #include "kernels/sm90/backward_plan.cuh"
 
@@ -89,14 +90,8 @@ struct KeyWarp {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Range rows = band.rows_of({key + half * 8, key + half * 8 + 1});
-      const int begin = rows.begin - column, end = rows.end - column;
-#pragma unroll
-      for (int j = 0; j < kS / 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = j * 8 + e;
-          if (c < begin || c >= end) x[j * 4 + half * 2 + e] = 0.f;
-        }
+      hide_in_row<kTiles.block_q>({rows.begin - column, rows.end - column}, 0.f,
+                                  [&](int j, int e) -> float& { return x[j * 4 + half * 2 + e]; });
     }
   }
   // S, less LSE, becomes P.

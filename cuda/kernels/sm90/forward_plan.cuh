@@ -3,29 +3,12 @@
 #pragma once
 
 #include "core/problem.h"
+#include "device/ring.cuh"
 #include "device/smem_sm90.cuh"
+#include "kernels/sm90/tile_order.cuh"
 #include "kernels/sm90/tiles_forward.h"
 
 namespace jax_flash2::sm90 {
-
-// The order in which tiles are handed out.
-struct TileOrder {
-  int query_tiles;    // a head
-  int heads;          // B * N
-  int section_heads;  // heads taken together, longest tiles first; 0: head by head
-
-  struct Tile {
-    int head, query_tile;
-  };
-  JF2_DEVICE int tiles() const { return query_tiles * heads; }
-  JF2_DEVICE Tile at(int i) const {
-    if (section_heads == 0) return {i / query_tiles, i % query_tiles};
-    const int first = i / (section_heads * query_tiles) * section_heads;
-    const int here = min(section_heads, heads - first);
-    const int rest = i - first * query_tiles;
-    return {first + rest % here, query_tiles - 1 - rest / here};
-  }
-};
 
 struct ForwardParams {
   Shape shape;
@@ -138,15 +121,6 @@ struct ForwardSmem {
   JF2_DEVICE uint32_t stage_barrier(int kind, int i) const {
     return barrier(2 * kTiles.q_buffers + kind * kTiles.stages + i);
   }
-};
-
-// Where a running count stands in a ring of kSize slots: the slot, and the parity of its current
-// phase, which flips each time round.
-template <int kSize>
-struct Ring {
-  static_assert((kSize & (kSize - 1)) == 0, "rings are powers of two");
-  static JF2_DEVICE int slot(uint32_t count) { return count % kSize; }
-  static JF2_DEVICE uint32_t parity(uint32_t count) { return count / kSize & 1; }
 };
 
 }  // namespace jax_flash2::sm90

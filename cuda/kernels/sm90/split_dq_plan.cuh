@@ -2,8 +2,12 @@
 // layout of shared memory.
 #pragma once
 
-#include "kernels/sm90/backward_plan.cuh"
-#include "kernels/sm90/forward_plan.cuh"
+#include "core/problem.h"
+#include "device/ring.cuh"
+#include "device/row_terms.cuh"
+#include "device/smem_sm90.cuh"
+#include "kernels/sm90/tile_order.cuh"
+#include "kernels/sm90/tiles_backward.h"
 
 namespace jax_flash2::sm90 {
 
