@@ -217,7 +217,8 @@ def instruction_set() -> str:
 
 
 def select(q, k, v, spec, capability):
-    """{pass: {"family", "head_dim", "reason"}} of a call on a GPU of that compute capability."""
+    """{pass: {"family", "head_dim", "reason"}, "split": does the backward work as that mode?} of a
+    call on a GPU of that compute capability."""
     major, minor = capability
     if not _cuda.select_code(major, minor):
         archs = ", ".join(map(str, _cuda.build_info()["archs"]))

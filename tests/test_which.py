@@ -85,7 +85,9 @@ def test_on_hopper():
         assert kernels.backward == kernels.forward
         for mode in ("deterministic", "split"):
             fixed = on_gpu(*arrays(dtype), backward=mode)
-            assert (fixed.forward, fixed.backward) == (kernels.forward, kernels.backward)
+            assert fixed == kernels._replace(mode="split" if has_sm90 else mode)
+    for h, mode in ((64, "fused"), (128, "fused"), (192, "split"), (256, "split")):
+        assert on_gpu(*arrays(h=h)).mode == (mode if has_sm90 else "fused")
     single = on_gpu(*arrays("float32")).forward
     assert (single.family, single.head_dim) == ("sm80", 64)
     assert on_gpu(*arrays(s=0)).forward == ("sm80", 64, "there are no keys")

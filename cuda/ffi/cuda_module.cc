@@ -60,8 +60,8 @@ nb::list device_report() {
 
 // What the handler of a pass would select, asked without a call.
 template <class Problem>
-nb::dict select(const Shape& shape, const std::string& dtype, const AttentionSpec& spec,
-                int major) {
+gpu::Selection select(const Shape& shape, const std::string& dtype, const AttentionSpec& spec,
+                      int major) {
   Problem problem = {};
   gpu::Selection selection;
   problem.shape = shape;
@@ -69,6 +69,10 @@ nb::dict select(const Shape& shape, const std::string& dtype, const AttentionSpe
   if (status.ok()) status = decode(spec, problem);
   if (status.ok()) status = gpu::select(problem, major, selection);
   if (!status.ok()) throw std::invalid_argument(status.message());
+  return selection;
+}
+
+nb::dict describe(const gpu::Selection& selection) {
   nb::dict entry;
   entry["family"] = selection.sm90 ? "sm90" : "sm80";
   entry["head_dim"] = selection.head_dim;
@@ -90,9 +94,11 @@ nb::dict select_both(int64_t batch, int query_len, int kv_len, int query_heads, 
 #define JAX_FLASH2_MEMBER(type, name) spec.name = nb::cast<type>(attributes[#name]);
   JAX_FLASH2_ATTENTION_SPEC(JAX_FLASH2_MEMBER)
 #undef JAX_FLASH2_MEMBER
+  const gpu::Selection backward = select<BackwardProblem>(shape, dtype, spec, major);
   nb::dict both;
-  both["forward"] = select<ForwardProblem>(shape, dtype, spec, major);
-  both["backward"] = select<BackwardProblem>(shape, dtype, spec, major);
+  both["forward"] = describe(select<ForwardProblem>(shape, dtype, spec, major));
+  both["backward"] = describe(backward);
+  both["split"] = backward.split;
   return both;
 }
 
@@ -110,7 +116,7 @@ NB_MODULE(_cuda, m) {
         nanobind::arg("head_dim"), nanobind::arg("value_dim"), nanobind::arg("dtype"),
         nanobind::arg("spec"), nanobind::arg("major"),
         "For each pass of a call on a GPU of that major compute capability: family, head_dim, "
-        "reason.");
+        "reason; and whether the backward works as the split mode.");
   m.def(
       "select_code",
       [](int major, int minor) {
