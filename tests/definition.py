@@ -62,8 +62,9 @@ def mask_of(case):
     return mask
 
 
-def attention(q, k, v, dout, dlse, *, mask, scale, fmt=EXACT):
-    """{"out", "lse", "dq", "dk", "dv"} of inputs in the public layout; lse is [*B, T, N]."""
+def attention(q, k, v, dout=None, dlse=None, *, mask, scale, fmt=EXACT):
+    """{"out", "lse"} of inputs in the public layout, and of cotangents {"dq", "dk", "dv"} too; lse
+    is [*B, T, N]."""
     group = q.shape[-2] // k.shape[-2]
     stored = fmt.stored
 
@@ -82,9 +83,10 @@ def attention(q, k, v, dout, dlse, *, mask, scale, fmt=EXACT):
         return stored(np.swapaxes(x, -2, -3))
 
     rows, keys = mask.any(-1), mask.any(-2)
-    q, dout = heads_first(q, rows), heads_first(dout, rows)
+    q = heads_first(q, rows)
     k, v = heads_first(k, keys, group), heads_first(v, keys, group)
-    dlse = heads_first(dlse[..., None], rows)
+    if dout is not None:
+        dout, dlse = heads_first(dout, rows), heads_first(dlse[..., None], rows)
     mask, rows = mask[..., None, :, :], rows[..., None, :, None]
 
     s = fmt.work(scale) * product(q, transpose(k))
@@ -99,12 +101,13 @@ def attention(q, k, v, dout, dlse, *, mask, scale, fmt=EXACT):
     lse = np.where(rows, row_max + np.log(softmax(s)[1]), -np.inf)
     p = stored(softmax(stored(s))[0])
     out = stored(product(p, v))
+    results = {"out": heads_last(out), "lse": np.swapaxes(lse[..., 0], -1, -2)}
+    if dout is None:
+        return results
     d = (dout * out).sum(-1, keepdims=True) - dlse
     dp = stored(product(dout, transpose(v)))
     ds = stored(p * (dp - d))
-    return {
-        "out": heads_last(out),
-        "lse": np.swapaxes(lse[..., 0], -1, -2),
+    return results | {
         "dq": heads_last(fmt.work(scale) * product(ds, k)),
         "dk": heads_last(fmt.work(scale) * product(transpose(ds), q), group),
         "dv": heads_last(product(transpose(p), dout), group),
