@@ -105,9 +105,10 @@ inline void mbarrier_arrive(uint32_t address) {
   --barrier.pending;
   advance(barrier);
 }
+// Lanes that wait for the same phase see it end in the same round, as on the hardware: PTX promises less, but
+// loops of waits rely on it, where a lane that fell a whole ring behind its warp would wait forever.
 inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   const emulated::Mbarrier& barrier = mbarrier(address);
-  emulated::dawdle(4);
   emulated::wait_until([&] { return (barrier.phase & 1) != (parity & 1); });
 }
 

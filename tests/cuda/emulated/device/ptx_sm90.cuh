@@ -138,7 +138,7 @@ void wgmma_wait() {
   const int newest = warp.product_group - kPending;
   emulated::wait_until(
       [&] { return warp.products.empty() || warp.products.front().group >= newest; });
-  emulated::dawdle(8);
+  emulated::dawdle(4);  // some lanes go ahead of others
 }
 inline void pin(float&) {}
 inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }
