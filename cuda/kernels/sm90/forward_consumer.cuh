@@ -84,6 +84,7 @@ JF2_DEVICE void consume(const ForwardParams& p, ForwardSmem<kTiles> smem,
       for (; skipped > 0; --skipped) {
         const uint32_t step = steps - 1 - skipped;
         await_v(step);
+        __syncwarp();  // no lane falls behind the barrier's phases
         release(smem.v_empty(KVRing::slot(step)));
       }
     }
