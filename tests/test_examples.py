@@ -1,6 +1,8 @@
 """Each file of examples/ runs, shortened, as a reader would run it, and does what it says."""
 
 import concurrent.futures
+import fcntl
+import os
 import re
 import socket
 import subprocess
@@ -12,8 +14,6 @@ import pytest
 from matplotlib import image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-pytestmark = pytest.mark.xdist_group("examples")  # one worker: they share what `trained` made
 
 
 def run(name, *args, cwd, status=0):
@@ -51,9 +51,18 @@ def test_attention(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(folder, what was printed) of a short training."""
-    folder = tmp_path_factory.mktemp("gpt")
-    return folder, run("02_train_gpt.py", "--steps", 60, "--seconds", 240, cwd=folder)
+    """(folder, what was printed) of a short training, which the workers of a run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "gpt"
+    folder.mkdir(exist_ok=True)
+    printed = folder / "printed.txt"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            printed.write_text(run("02_train_gpt.py", "--steps", 60, "--seconds", 240, cwd=folder))
+    return folder, printed.read_text()
 
 
 def test_training_learns_more_than_frequencies(trained):
