@@ -61,6 +61,7 @@ struct BackwardLoader {
     next.start(smem.blocks, record.slot());
     record.advance();
   }
+  // Unrolled, unlike load_rows: a loop here costs the first warpgroup its uniform registers.
   static JF2_DEVICE void load(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
                               uint32_t full, int head, int row, int batch) {
     for (int panel = 0; panel < panels; ++panel)
