@@ -4,11 +4,11 @@
 //   1 A persistent thread block takes query tiles (block_q rows of one head) from a queue until it is
 //     empty, and walks over the keys that they see, as the forward does.
 //   2 The loader warp loads Q and dO of each warpgroup's rows, and K and V of one key block after the
-//     other through a ring of tiles.
+//     other through a ring of stages each: K is read twice, first and last, and waits longer.
 //   3 Each consumer warpgroup owns 64 rows. One step, with S of its key block at hand:
 //     a  P = exp(scale S - LSE), under the product before;
-//     b  dP = dO V^T arrives: V is free. dS = P (dP - D); hide what the band hides;
-//     c  S of the next block and dQ += dS K go to the tensor cores together. K is free.
+//     b  dP = dO V^T arrives: V's stage is free. dS = P (dP - D); hide what the band hides;
+//     c  S of the next block and dQ += dS K go to the tensor cores together. K's stage is free.
 //   4 dQ, scaled, leaves from registers, while Q and dO of the next tile arrive.
 #pragma once
 
@@ -27,26 +27,40 @@ JF2_DEVICE void load_dq(const DqParams& p, DqSmem<kTiles> smem, const CUtensorMa
   using KV = typename DqSmem<kTiles>::KV;
   using Q = typename DqSmem<kTiles>::Q;
   RingPlace<DqTile::kSlots> record;
-  RingPlace<kTiles.slots> place;  // of the next tile of K or V
+  RingPlace<kTiles.k_stages> k;  // of the next tile of K
+  RingPlace<kTiles.v_stages> v;
   uint32_t rows_parity = 1;
   uint32_t cleared = 0;
   int index = blockIdx.x;
 
-  auto load_kv = [&](const CUtensorMap* map, int head, int key, int batch, bool clears,
-                     Range visible) __attribute__((always_inline)) {
-    const uint32_t full = clears ? smem.landed() : smem.kv_full(place.slot());
-    ptx::mbarrier_wait(smem.kv_empty(place.slot()), place.parity() ^ 1);
+  auto load_k = [&](const DqTile& tile, int key) __attribute__((always_inline)) {
+    const uint32_t ready = smem.k_full(k.slot());
+    // What lies past the buffer's end arrives as zeros.
+    const bool clears = key < tile.visible.begin || (key + kTiles.block_k > tile.visible.end &&
+                                                     tile.visible.end < p.shape.kv_len);
+    const uint32_t full = clears ? smem.landed() : ready;
+    ptx::mbarrier_wait(smem.k_empty(k.slot()), k.parity() ^ 1);
     if (lane == 0) {
       ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
-      load_rows(smem.kv(place.slot()), map, full, head, key, batch);
+      load_rows(smem.k(k.slot()), k_map, full, tile.kv_head, key, tile.batch);
     }
     if (clears) {
       ptx::mbarrier_wait(full, cleared++ & 1);
-      clear_hidden_rows(smem.kv(place.slot()), key, visible, lane);
-      if (lane == 0) ptx::mbarrier_arrive(smem.kv_full(place.slot()));
+      clear_hidden_rows(smem.k(k.slot()), key, tile.visible, lane);
+      if (lane == 0) ptx::mbarrier_arrive(ready);
     }
-    place.advance();
+    k.advance();
     __syncwarp();  // no lane falls behind the barriers' phases
+  };
+  auto load_v = [&](const DqTile& tile, int key) __attribute__((always_inline)) {
+    const uint32_t full = smem.v_full(v.slot());
+    ptx::mbarrier_wait(smem.v_empty(v.slot()), v.parity() ^ 1);
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
+      load_rows(smem.v(v.slot()), v_map, full, tile.kv_head, key, tile.batch);
+    }
+    v.advance();
+    __syncwarp();
   };
 
 #pragma unroll 1
@@ -90,12 +104,9 @@ JF2_DEVICE void load_dq(const DqParams& p, DqSmem<kTiles> smem, const CUtensorMa
 #pragma unroll 1
     for (int j = 0; j < blocks; ++j) {
       const int key = tile.first_key + j * kTiles.block_k;
-      // What lies past the buffer's end arrives as zeros.
-      const bool clears = key < tile.visible.begin || (key + kTiles.block_k > tile.visible.end &&
-                                                       tile.visible.end < p.shape.kv_len);
-      load_kv(k_map, tile.kv_head, key, tile.batch, clears, tile.visible);
+      load_k(tile, key);
       if (j == 0) load_queries();
-      load_kv(v_map, tile.kv_head, key, tile.batch, false, tile.visible);
+      load_v(tile, key);
     }
     index = tile.next;
     record.advance();
@@ -209,23 +220,33 @@ JF2_DEVICE void consume_dq(const DqParams& p, DqSmem<kTiles> smem) {
   const int lane = threadIdx.x & 31, warpgroup = ptx::uniform(threadIdx.x / 128) - 1;
   DqRows<kTiles, Math> c{p, smem, warpgroup, int(threadIdx.x - 128) / 32 * 16 + (lane >> 2), lane};
   RingPlace<DqTile::kSlots> record;
-  RingPlace<kTiles.slots> place;  // of K of the block in hand; its V is in the slot that follows
+  RingPlace<kTiles.k_stages> k;  // of the block in hand, then of the next
+  RingPlace<kTiles.v_stages> v;
   uint32_t rows_parity = 0;
 
   auto arrive = [&](uint32_t barrier) __attribute__((always_inline)) {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
-  auto await = [&](const RingPlace<kTiles.slots>& at) __attribute__((always_inline)) {
-    ptx::mbarrier_wait(smem.kv_full(at.slot()), at.parity());
+  auto await_k = [&]() __attribute__((always_inline)) {
+    ptx::mbarrier_wait(smem.k_full(k.slot()), k.parity());
+  };
+  auto await_v = [&]() __attribute__((always_inline)) {
+    ptx::mbarrier_wait(smem.v_full(v.slot()), v.parity());
+  };
+  auto release_v = [&]() __attribute__((always_inline)) {
+    arrive(smem.v_empty(v.slot()));
+    v.advance();
   };
   // Passes over key blocks that the warpgroup's rows do not see, when they have arrived.
   auto skip = [&](int blocks) __attribute__((always_inline)) {
 #pragma unroll 1
-    for (int i = 0; i < 2 * blocks; ++i) {
-      await(place);
-      arrive(smem.kv_empty(place.slot()));
-      place.advance();
+    for (int i = 0; i < blocks; ++i) {
+      await_k();
+      arrive(smem.k_empty(k.slot()));
+      k.advance();
+      await_v();
+      release_v();
     }
   };
 
@@ -259,38 +280,36 @@ JF2_DEVICE void consume_dq(const DqParams& p, DqSmem<kTiles> smem) {
     // One block, whose P is at hand; P of the next along with it unless this is the last. Nothing is
     // in flight before or after.
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
-      const int k = place.slot();
-      place.advance();
-      const int v = place.slot();
-      await(place);
-      c.issue_scores(c.dp, smem.dout(), smem.kv(v));
+      const int now = k.slot();
+      k.advance();
+      await_v();
+      c.issue_scores(c.dp, smem.dout(), smem.v(v.slot()));
       ptx::wgmma_wait<0>();
       c.pin(c.dp);
-      arrive(smem.kv_empty(v));
+      release_v();
       if constexpr (kLast) arrive(smem.rows_empty(warpgroup));
-      place.advance();
       c.score_gradients();
       if (block < whole_begin || block >= whole_end)
         c.hide(tile, first_key + block * kTiles.block_k);
       c.pack();
       ++block;
       if constexpr (!kLast) {
-        await(place);
-        c.issue_scores(c.s, smem.q(), smem.kv(place.slot()));
+        await_k();
+        c.issue_scores(c.s, smem.q(), smem.k(k.slot()));
       }
-      c.issue_dq(smem.kv(k));
+      c.issue_dq(smem.k(now));
       if constexpr (!kLast) {
         ptx::wgmma_wait<1>();
         take_s();
       }
       ptx::wgmma_wait<0>();
       c.pin(c.dq);
-      arrive(smem.kv_empty(k));
+      arrive(smem.k_empty(now));
     };
 
     if (begin < end) {
-      await(place);
-      c.issue_scores(c.s, smem.q(), smem.kv(place.slot()));
+      await_k();
+      c.issue_scores(c.s, smem.q(), smem.k(k.slot()));
       ptx::wgmma_wait<0>();
       take_s();
 #pragma unroll 1
@@ -326,9 +345,13 @@ __global__ void __launch_bounds__(dq_tiles(kHeadDim).threads(), 1)
       ptx::mbarrier_init(smem.rows_full(w), 1);
       ptx::mbarrier_init(smem.rows_empty(w), 4);
     }
-    for (int i = 0; i < kTiles.slots; ++i) {
-      ptx::mbarrier_init(smem.kv_full(i), 1);
-      ptx::mbarrier_init(smem.kv_empty(i), kWarps);
+    for (int i = 0; i < kTiles.k_stages; ++i) {
+      ptx::mbarrier_init(smem.k_full(i), 1);
+      ptx::mbarrier_init(smem.k_empty(i), kWarps);
+    }
+    for (int i = 0; i < kTiles.v_stages; ++i) {
+      ptx::mbarrier_init(smem.v_full(i), 1);
+      ptx::mbarrier_init(smem.v_empty(i), kWarps);
     }
     for (int i = 0; i < DqTile::kSlots; ++i) ptx::mbarrier_init(smem.record_empty(i), kWarps);
     ptx::mbarrier_init(smem.landed(), 1);

@@ -56,9 +56,11 @@ struct DqSmem {
   using Q = PanelTile<kTiles.block_q(), kTiles.head_dim>;
   using KV = PanelTile<kTiles.block_k, kTiles.head_dim>;
   static constexpr int kDout = Q::kBytes;
-  static constexpr int kKV = 2 * Q::kBytes;
-  static constexpr int kBarriers = kKV + kTiles.slots * KV::kBytes;
-  static constexpr int kBarrierCount = 2 * kTiles.consumers + 2 * kTiles.slots + DqTile::kSlots + 1;
+  static constexpr int kK = 2 * Q::kBytes;
+  static constexpr int kV = kK + kTiles.k_stages * KV::kBytes;
+  static constexpr int kBarriers = kV + kTiles.v_stages * KV::kBytes;
+  static constexpr int kBarrierCount =
+      2 * (kTiles.consumers + kTiles.k_stages + kTiles.v_stages) + DqTile::kSlots + 1;
   static constexpr int kTileRecords = (kBarriers + 8 * kBarrierCount + 15) / 16 * 16;
   static constexpr int kBytes = kTileRecords + int(sizeof(DqTile)) * DqTile::kSlots;
   static constexpr int kLaunchBytes = kBytes + 1024;  // room to align the base
@@ -69,16 +71,18 @@ struct DqSmem {
 
   JF2_DEVICE Q q() const { return {base}; }
   JF2_DEVICE Q dout() const { return {base + kDout}; }
-  // K and V of the key blocks, in turn.
-  JF2_DEVICE KV kv(int slot) const { return {base + kKV + slot * KV::kBytes}; }
+  JF2_DEVICE KV k(int stage) const { return {base + kK + stage * KV::kBytes}; }
+  JF2_DEVICE KV v(int stage) const { return {base + kV + stage * KV::kBytes}; }
   // The record of a tile stands and a warpgroup's rows of Q and dO have arrived; they have been read.
   JF2_DEVICE uint32_t rows_full(int warpgroup) const { return barrier(warpgroup); }
   JF2_DEVICE uint32_t rows_empty(int warpgroup) const {
     return barrier(kTiles.consumers + warpgroup);
   }
-  JF2_DEVICE uint32_t kv_full(int slot) const { return barrier(2 * kTiles.consumers + slot); }
-  JF2_DEVICE uint32_t kv_empty(int slot) const { return kv_full(kTiles.slots + slot); }
-  JF2_DEVICE uint32_t record_empty(int slot) const { return kv_full(2 * kTiles.slots + slot); }
+  JF2_DEVICE uint32_t k_full(int stage) const { return barrier(2 * kTiles.consumers + stage); }
+  JF2_DEVICE uint32_t k_empty(int stage) const { return k_full(kTiles.k_stages + stage); }
+  JF2_DEVICE uint32_t v_full(int stage) const { return k_full(2 * kTiles.k_stages + stage); }
+  JF2_DEVICE uint32_t v_empty(int stage) const { return v_full(kTiles.v_stages + stage); }
+  JF2_DEVICE uint32_t record_empty(int slot) const { return v_full(2 * kTiles.v_stages + slot); }
   // A K tile that has to be cleared in part has landed.
   JF2_DEVICE uint32_t landed() const { return record_empty(DqTile::kSlots); }
 

@@ -78,7 +78,8 @@ struct DqTiles {
   int head_dim;
   int consumers;           // warpgroups of 64 query rows
   int block_k;             // keys a step
-  int slots;               // tiles of K and V in flight, together
+  int k_stages;            // tiles of K in flight: read by the first and the last product of a step
+  int v_stages;            // tiles of V: read by the second
   int producer_registers;  // a thread, after setmaxnreg
   int consumer_registers;
 
@@ -87,36 +88,41 @@ struct DqTiles {
 };
 
 // S and dP (block_k / 2 registers each) and dQ (head_dim / 2) must fit a consumer thread; Q, dO and the
-// slots the 227 KB of shared memory.
+// stages the 227 KB of shared memory.
 inline constexpr DqTiles kDqTiles[] = {
     {.head_dim = 64,
      .consumers = 3,
      .block_k = 64,
-     .slots = 12,
+     .k_stages = 6,
+     .v_stages = 6,
      .producer_registers = 32,
      .consumer_registers = 160},
     {.head_dim = 96,
      .consumers = 2,
      .block_k = 128,
-     .slots = 5,
+     .k_stages = 3,
+     .v_stages = 2,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 128,
      .consumers = 2,
      .block_k = 128,
-     .slots = 5,
+     .k_stages = 3,
+     .v_stages = 2,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 192,
      .consumers = 2,
      .block_k = 64,
-     .slots = 5,
+     .k_stages = 3,
+     .v_stages = 2,
      .producer_registers = 40,
      .consumer_registers = 232},
     {.head_dim = 256,
      .consumers = 2,
-     .block_k = 48,
-     .slots = 4,
+     .block_k = 64,
+     .k_stages = 2,
+     .v_stages = 1,
      .producer_registers = 40,
      .consumer_registers = 232},
 };
