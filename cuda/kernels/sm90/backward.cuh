@@ -16,7 +16,8 @@
 //     does a and dV, the other b, c and dK.
 //   4 The first warpgroup multiplies dQ = dS K and adds it to float32 sums in global memory. Where dQ
 //     has a kernel of its own (split_dq.cuh), dS stays in registers, and one warp loads.
-//   5 At the end dV and dK leave through the tiles of dS or P, while the next block's K and V arrive.
+//   5 At the end dV and dK leave through a tile of their own, or those of dS or P, while the next block's
+//     K and V arrive.
 #pragma once
 
 #include "kernels/sm90/backward_dq.cuh"

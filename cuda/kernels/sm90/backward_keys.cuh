@@ -102,6 +102,11 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.arrive(smem.step_empty(now));
     };
 
+    auto store = [&](auto staging) __attribute__((always_inline)) {
+      c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, staging);
+      c.store_gradient(block, dk, {p.dk, p.scale, p.shape.head_dim, 0}, staging);
+    };
+
     if (steps > 0) {
       c.clear_padding(block, record);
       const int hidden = min(c.hidden_tiles(block) * heads, steps - 1);
@@ -116,11 +121,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       for (int left = steps - hidden; left > 1; --left) step.template operator()<false>();
       step.template operator()<true>();
     }
-    // The dS buffer that comes next, once it has been read, serves as staging.
-    ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-    c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim},
-                     smem.ds(ds.slot()));
-    c.store_gradient(block, dk, {p.dk, p.scale, p.shape.head_dim, 0}, smem.ds(ds.slot()));
+    if constexpr (Smem::kHasStaging) {
+      store(smem.staging());
+    } else {  // the dS buffer that comes next, once it has been read
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      store(smem.ds(ds.slot()));
+    }
     c.arrive(smem.block_empty(record.slot()));
     record.advance();
   }

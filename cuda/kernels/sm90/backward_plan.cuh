@@ -110,9 +110,15 @@ struct BackwardSmem {
   static constexpr int kBarrierCount =
       3 * KeyBlock::kSlots + 2 * kDsBuffers + 2 + 2 * kTiles.stages;
   static constexpr int kBlockRecords = (kBarriers + 8 * kBarrierCount + 15) / 16 * 16;
-  static constexpr int kBytes = kBlockRecords + int(sizeof(KeyBlock)) * KeyBlock::kSlots;
-  static constexpr int kLaunchBytes = kBytes + 1024;  // room to align the base
-  static_assert(kLaunchBytes <= 232448, "K, V, Q, dO, P and dS must fit the 227 KB of a block");
+  static constexpr int kEnd = kBlockRecords + int(sizeof(KeyBlock)) * KeyBlock::kSlots;
+  static constexpr int kAlignment = 1024, kLimit = 232448 - kAlignment;  // of the 227 KB of a block
+  // A panel of all keys, through which dV and dK leave. Where there is none, dS and P lend their tiles.
+  using Staging = PanelTile<kTiles.block_k(), kPanelCols>;
+  static constexpr int kStaging = (kEnd + kAlignment - 1) / kAlignment * kAlignment;
+  static constexpr bool kHasStaging = !kSharesMatrices && kStaging + Staging::kBytes <= kLimit;
+  static constexpr int kBytes = kHasStaging ? kStaging + Staging::kBytes : kEnd;
+  static constexpr int kLaunchBytes = kBytes + kAlignment;
+  static_assert(kBytes <= kLimit, "K, V, Q, dO, P and dS must fit");
 
   uint32_t base;     // shared address, aligned to 1024 bytes
   KeyBlock* blocks;  // [KeyBlock::kSlots]
@@ -125,6 +131,7 @@ struct BackwardSmem {
   JF2_DEVICE Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
   JF2_DEVICE Scores ds(int buffer) const { return {base + kDs + buffer * Scores::kBytes}; }
   JF2_DEVICE Scores p() const { return {base + kP}; }
+  JF2_DEVICE Staging staging() const { return {base + kStaging}; }
   JF2_DEVICE Terms lse(int stage) const { return {base + kLse + stage * Terms::kBytes}; }
   JF2_DEVICE Terms delta(int stage) const { return {base + kDelta + stage * Terms::kBytes}; }
   // A key block's record is there and its K has arrived; its V has; the record is done with.

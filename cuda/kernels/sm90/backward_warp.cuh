@@ -113,7 +113,8 @@ struct KeyWarp {
   }
   // Between a warp's registers and its rows of a tile: where a lane's fragments begin, and what it
   // stores and loads from there.
-  JF2_DEVICE uint32_t fragments(Scores tile) const {
+  template <typename Tile>
+  JF2_DEVICE uint32_t fragments(Tile tile) const {
     const int lane = this->lane();
     return tile.address(first_key() + (lane & 15), (lane >> 4) * 8);
   }
@@ -197,8 +198,9 @@ struct KeyWarp {
   };
   // The warp's 16 rows of a gradient to global memory, 0 for keys that nobody sees: a panel after the
   // other through the warp's own rows of `staging`, from registers into whole lines.
+  template <typename Staging>
   JF2_DEVICE void store_gradient(const KeyBlock& block, float (&d)[kD], const Target& target,
-                                 Scores staging) {
+                                 Staging staging) {
     const int lane = this->lane(), first_key = this->first_key();
     const int key = block.key_block * kTiles.block_k() + first_key;
     const Range keys = block.keys;
@@ -229,7 +231,7 @@ struct KeyWarp {
           const float* const pair = &d[(panel * kPanelCols + c) / 2 + i * 2];
           r[i] = pack2<Element>(pair[0] * target.scale, pair[1] * target.scale);
         }
-        ptx::stmatrix_x4(Scores::further(in, c), r[0], r[1], r[2], r[3]);
+        ptx::stmatrix_x4(Staging::further(in, c), r[0], r[1], r[2], r[3]);
       }
       __syncwarp();  // the panel is there
       const bool live = panel * kPanelCols + col < target.cols;
