@@ -65,6 +65,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       stage.advance();
       if (++head == heads) head = 0, ++tile;
     };
+    auto store_dv = [&](auto staging) __attribute__((always_inline)) {
+      c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, staging);
+    };
+    auto store_dk = [&](auto staging) __attribute__((always_inline)) {
+      c.store_gradient(block, dk, {p.dk, p.scale, p.shape.head_dim, 0}, staging);
+    };
     // One step, whose P is packed; S and P of the next along with it unless this is the last.
     // Nothing is in flight before or after. The fence of dS is long where the other warpgroups keep the
     // memory busy: it runs under products, but at the end, when dS is waited for.
@@ -96,15 +102,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
         give_ds();
         ptx::wgmma_wait<1>();
         take_s();
+      } else if constexpr (Smem::kHasStaging) {
+        store_dv(smem.staging());  // under the product of dK
       }
       ptx::wgmma_wait<0>();
       c.pin(dk);
       c.arrive(smem.step_empty(now));
-    };
-
-    auto store = [&](auto staging) __attribute__((always_inline)) {
-      c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, staging);
-      c.store_gradient(block, dk, {p.dk, p.scale, p.shape.head_dim, 0}, staging);
     };
 
     if (steps > 0) {
@@ -122,10 +125,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       step.template operator()<true>();
     }
     if constexpr (Smem::kHasStaging) {
-      store(smem.staging());
+      if (steps == 0) store_dv(smem.staging());
+      store_dk(smem.staging());
     } else {  // the dS buffer that comes next, once it has been read
       ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      store(smem.ds(ds.slot()));
+      store_dv(smem.ds(ds.slot()));
+      store_dk(smem.ds(ds.slot()));
     }
     c.arrive(smem.block_empty(record.slot()));
     record.advance();
