@@ -83,7 +83,7 @@ Status launch_key_blocks(const BackwardProblem& problem, cudaStream_t stream) {
   };
   const LaunchConfig config = {
       .blocks = blocks,
-      .threads = sm90::kBackwardThreads,
+      .threads = sm90::backward_threads(kHasDq),
       .shared_bytes = sm90::BackwardSmem<kTiles>::kLaunchBytes,
       .stream = stream,
   };

@@ -45,10 +45,21 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       if (cut) c.hide(block, row());
       c.pack(c.packed_p);
     };
+    // Nothing, where dQ has a kernel of its own.
+    auto store_ds = [&](auto store) __attribute__((always_inline)) {
+      if constexpr (!kHasDq) return;
+      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      store(smem.ds(ds.slot()));
+    };
     auto give_ds = [&]() __attribute__((always_inline)) {
-      if constexpr (kHasDq) ptx::fence_proxy_async();
+      if constexpr (!kHasDq) return;
+      ptx::fence_proxy_async();
       c.arrive(smem.ds_full(ds.slot()));
       ds.advance();
+    };
+    auto release_keys = [&]() __attribute__((always_inline)) {
+      c.arrive(smem.v_empty());
+      if constexpr (!kHasDq) c.arrive(smem.k_empty());
     };
     // A step of queries that see no key of this warpgroup: its dS is 0.
     auto pass_step = [&]() __attribute__((always_inline)) {
@@ -56,8 +67,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.clear_padding(block, row(), stage.slot());
       c.take_turn();
       c.pass_turn();
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      if constexpr (kHasDq) c.store_zeros(smem.ds(ds.slot()));
+      store_ds([&](auto tile) __attribute__((always_inline)) { c.store_zeros(tile); });
       give_ds();
       c.take_turn();
       c.pass_turn();
@@ -81,13 +91,13 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.issue_gradient(dv, c.packed_p, smem.dout(now));
       c.pass_turn();
       ptx::wgmma_wait<0>();
+      if constexpr (kLast) release_keys();
       c.pin(c.x);
       c.pin(dv);
       c.score_gradients();
       if (cut) c.hide(block, row());
       c.pack(c.packed_ds);
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      if constexpr (kHasDq) c.store(smem.ds(ds.slot()), c.packed_ds);
+      store_ds([&](auto tile) __attribute__((always_inline)) { c.store(tile, c.packed_ds); });
       if constexpr (kLast) give_ds();
       stage.advance();
       if constexpr (!kLast) {
@@ -123,12 +133,14 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
 #pragma unroll 1
       for (int left = steps - hidden; left > 1; --left) step.template operator()<false>();
       step.template operator()<true>();
+    } else {
+      release_keys();
     }
     if constexpr (Smem::kHasStaging) {
       if (steps == 0) store_dv(smem.staging());
       store_dk(smem.staging());
     } else {  // the dS buffer that comes next, once it has been read
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
+      if constexpr (kHasDq) ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
       store_dv(smem.ds(ds.slot()));
       store_dk(smem.ds(ds.slot()));
     }

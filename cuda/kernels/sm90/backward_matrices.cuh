@@ -15,7 +15,6 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
   float d[Work::kD];  // dV or dK
   RingPlace<KeyBlock::kSlots> record;
   RingPlace<kTiles.stages> stage;  // of the step whose S or dP is in hand
-  RingPlace<Smem::kDsBuffers> ds;
   RingPlace<1> shared_p;
 
 #pragma unroll 1
@@ -57,7 +56,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       }
       if (cut) c.hide(block, row());
     };
-    // Packs it and hands it on.
+    // Packs it and, P, hands it on.
     auto give = [&]() __attribute__((always_inline)) {
       if constexpr (kHasP) {
         c.pack(c.packed_p);
@@ -67,9 +66,6 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         shared_p.advance();
       } else {
         c.pack(c.packed_ds);
-        ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-        c.arrive(smem.ds_full(ds.slot()));
-        ds.advance();
       }
     };
     auto issue_gradient = [&](int now) __attribute__((always_inline)) {
@@ -83,6 +79,10 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       ptx::wgmma_wait<0>();
       c.pin(d);
       c.arrive(smem.step_empty(now));
+    };
+
+    auto release_keys = [&]() __attribute__((always_inline)) {
+      c.arrive(kHasP ? smem.k_empty() : smem.v_empty());
     };
 
     if (steps > 0) {
@@ -103,17 +103,18 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         take();
         give();
       }
+      release_keys();
       issue_gradient(stage.slot());
       end_step(stage.slot());
       stage.advance();
+    } else {
+      release_keys();
     }
-    // The tile of P, or the dS buffer that comes next, once it has been read, serves as staging.
-    if constexpr (kHasP) {
+    if constexpr (kHasP) {  // out through the tile of P, once it has been read
       ptx::mbarrier_wait(smem.p_empty(), shared_p.parity() ^ 1);
       c.store_gradient(block, d, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, smem.p());
     } else {
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      c.store_gradient(block, d, {p.dk, p.scale, p.shape.head_dim, 0}, smem.ds(ds.slot()));
+      c.store_gradient(block, d, {p.dk, p.scale, p.shape.head_dim, 0}, smem.staging());
     }
     c.arrive(smem.block_empty(record.slot()));
     record.advance();

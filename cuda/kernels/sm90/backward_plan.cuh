@@ -29,9 +29,10 @@ struct BlockOrder {
   }
 };
 
-inline constexpr int kBackwardThreads = 3 * 128;
+// The loader's warpgroup, two of consumers, and dQ's.
+JF2_HOST_DEVICE constexpr int backward_threads(bool has_dq) { return (has_dq ? 4 : 3) * 128; }
 // Named barriers; kProductTurn + the warpgroup whose turn it is.
-enum BackwardBarrier { kFirstWarpgroup = 1, kConsumers = 2, kProductTurn = 3 };
+enum BackwardBarrier { kConsumers = 1, kProductTurn = 2 };
 
 struct BackwardParams {
   Shape shape;
@@ -48,8 +49,7 @@ struct BackwardParams {
   int* next_block;        // the queue: blocks handed out beyond the first of each thread block
 };
 
-// One key block and the query tiles that see it. The first warpgroup works it out and leaves it in
-// shared memory.
+// One key block and the query tiles that see it. The loader works it out and leaves it in shared memory.
 struct alignas(16) KeyBlock {
   int batch, kv_head, split, key_block;
   int first_head, heads;  // query heads
@@ -92,6 +92,30 @@ JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
                  seeing_all.end / kTiles.block_q - block.first_tile};
 }
 
+// Walks over the steps of a key block: its query tiles from the first to the last, and of each its
+// heads, so that blocks of one group that run at a time are on the same queries.
+struct StepCursor {
+  int heads = 0, head = 0, tile = 0, left = 0;
+
+  JF2_DEVICE void start(const KeyBlock& block) {
+    head = 0, tile = 0, heads = ptx::uniform(block.heads);
+    left = heads * ptx::uniform(block.live ? block.tiles : 0);
+  }
+  JF2_DEVICE void advance() {
+    --left;
+    if (++head == heads) head = 0, ++tile;
+  }
+};
+
+template <BackwardTiles kTiles>
+JF2_DEVICE int64_t padded_row(const BackwardParams& p, const KeyBlock& block,
+                              const StepCursor& step) {
+  const int64_t head = int64_t(block.batch) * p.shape.query_heads + block.first_head + step.head;
+  // Opaque: what can be had again from constants shall hold no registers from step to step.
+  return head * int(round_up(ptx::opaque(p.shape.query_len), kTokenTile)) +
+         (block.first_tile + step.tile) * kTiles.block_q;
+}
+
 template <BackwardTiles kTiles>
 struct BackwardSmem {
   using KV = PanelTile<kTiles.block_k(), kTiles.head_dim>;
@@ -99,7 +123,7 @@ struct BackwardSmem {
   using Scores = PanelTile<kTiles.block_k(), kTiles.block_q>;  // P^T or dS^T: a row a key
   using Terms = PanelTile<16, kTiles.block_q>;                 // a row a term of LSE or D
   static constexpr bool kSharesMatrices = kTiles.share == Share::kMatrices;
-  static constexpr int kDsBuffers = 2;
+  static constexpr int kDsBuffers = kTiles.fuses_dq() ? 2 : 0;
   static constexpr int kQ = 2 * KV::kBytes;
   static constexpr int kDout = kQ + kTiles.stages * Q::kBytes;
   static constexpr int kDs = kDout + kTiles.stages * Q::kBytes;
@@ -108,17 +132,18 @@ struct BackwardSmem {
   static constexpr int kDelta = kLse + kTiles.stages * Terms::kBytes;
   static constexpr int kBarriers = kDelta + kTiles.stages * Terms::kBytes;
   static constexpr int kBarrierCount =
-      3 * KeyBlock::kSlots + 2 * kDsBuffers + 2 + 2 * kTiles.stages;
+      3 * KeyBlock::kSlots + 2 + 2 * kTiles.stages + 2 * kDsBuffers + 2;
   static constexpr int kBlockRecords = (kBarriers + 8 * kBarrierCount + 15) / 16 * 16;
   static constexpr int kEnd = kBlockRecords + int(sizeof(KeyBlock)) * KeyBlock::kSlots;
   static constexpr int kAlignment = 1024, kLimit = 232448 - kAlignment;  // of the 227 KB of a block
-  // A panel of all keys, through which dV and dK leave. Where there is none, dS and P lend their tiles.
+  // A panel of all keys, through which dV and dK leave. Where there is none, dS lends its tiles.
   using Staging = PanelTile<kTiles.block_k(), kPanelCols>;
   static constexpr int kStaging = (kEnd + kAlignment - 1) / kAlignment * kAlignment;
-  static constexpr bool kHasStaging = !kSharesMatrices && kStaging + Staging::kBytes <= kLimit;
+  static constexpr bool kHasStaging = kStaging + Staging::kBytes <= kLimit;
   static constexpr int kBytes = kHasStaging ? kStaging + Staging::kBytes : kEnd;
   static constexpr int kLaunchBytes = kBytes + kAlignment;
   static_assert(kBytes <= kLimit, "K, V, Q, dO, P and dS must fit");
+  static_assert(kHasStaging || kDsBuffers > 0, "dV and dK must have a tile on the way out");
 
   uint32_t base;     // shared address, aligned to 1024 bytes
   KeyBlock* blocks;  // [KeyBlock::kSlots]
@@ -134,17 +159,19 @@ struct BackwardSmem {
   JF2_DEVICE Staging staging() const { return {base + kStaging}; }
   JF2_DEVICE Terms lse(int stage) const { return {base + kLse + stage * Terms::kBytes}; }
   JF2_DEVICE Terms delta(int stage) const { return {base + kDelta + stage * Terms::kBytes}; }
-  // A key block's record is there and its K has arrived; its V has; the record is done with.
+  // A key block's record is there and its K has arrived; its V has; nobody reads its record any more,
+  // its K, its V.
   JF2_DEVICE uint32_t k_full(int slot) const { return barrier(slot); }
   JF2_DEVICE uint32_t v_full(int slot) const { return barrier(KeyBlock::kSlots + slot); }
   JF2_DEVICE uint32_t block_empty(int slot) const { return barrier(2 * KeyBlock::kSlots + slot); }
+  JF2_DEVICE uint32_t k_empty() const { return barrier(kSteps - 2); }
+  JF2_DEVICE uint32_t v_empty() const { return barrier(kSteps - 1); }
   // Q, dO, LSE and D of a step have arrived; they have been read.
   JF2_DEVICE uint32_t step_full(int stage) const { return barrier(kSteps + stage); }
   JF2_DEVICE uint32_t step_empty(int stage) const {
     return barrier(kSteps + kTiles.stages + stage);
   }
-  // dS of a step is written (or, where dQ has a kernel of its own, at hand), and nothing of the step
-  // before is read any more but by its dQ; dS has been read.
+  // dS of a step is written; it has been read.
   JF2_DEVICE uint32_t ds_full(int i) const { return barrier(kScores + i); }
   JF2_DEVICE uint32_t ds_empty(int i) const { return barrier(kScores + kDsBuffers + i); }
   // P of a step is written for the warpgroup that has dS; it has been read.
@@ -152,7 +179,7 @@ struct BackwardSmem {
   JF2_DEVICE uint32_t p_empty() const { return barrier(kScores + 2 * kDsBuffers + 1); }
 
  private:
-  static constexpr int kSteps = 3 * KeyBlock::kSlots, kScores = kSteps + 2 * kTiles.stages;
+  static constexpr int kSteps = 3 * KeyBlock::kSlots + 2, kScores = kSteps + 2 * kTiles.stages;
   JF2_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
 };
 

@@ -16,9 +16,10 @@ struct BackwardTiles {
   Share share;
   int block_q;             // queries a step
   int stages;              // Q and dO tiles in flight, each
-  int dq_cols;             // columns of dQ that the first warpgroup multiplies at once
-  int dq_registers;        // a thread of the first warpgroup, after setmaxnreg
-  int consumer_registers;  // a thread of the others
+  int dq_cols;             // columns of dQ that are multiplied at once
+  int loader_registers;    // a thread, after setmaxnreg
+  int dq_registers;        // a thread
+  int consumer_registers;  // a thread
 
   JF2_HOST_DEVICE constexpr int block_k() const { return share == Share::kKeys ? 128 : 64; }
   // With 64 keys a block there would be twice as many additions to dQ. They take longer than the two
@@ -35,36 +36,41 @@ inline constexpr BackwardTiles kBackwardTiles[] = {
      .block_q = 128,
      .stages = 3,
      .dq_cols = 64,
-     .dq_registers = 72,
-     .consumer_registers = 216},
+     .loader_registers = 24,
+     .dq_registers = 88,
+     .consumer_registers = 200},
     {.head_dim = 96,
      .share = Share::kKeys,
      .block_q = 64,
      .stages = 3,
      .dq_cols = 96,
+     .loader_registers = 24,
      .dq_registers = 88,
-     .consumer_registers = 208},
+     .consumer_registers = 200},
     {.head_dim = 128,
      .share = Share::kKeys,
      .block_q = 64,
      .stages = 3,
      .dq_cols = 64,
+     .loader_registers = 24,
      .dq_registers = 72,
-     .consumer_registers = 216},
+     .consumer_registers = 208},
     {.head_dim = 192,
      .share = Share::kMatrices,
      .block_q = 64,
      .stages = 2,
      .dq_cols = 0,
-     .dq_registers = 40,
-     .consumer_registers = 232},
+     .loader_registers = 24,
+     .dq_registers = 0,
+     .consumer_registers = 240},
     {.head_dim = 256,
      .share = Share::kMatrices,
      .block_q = 64,
      .stages = 2,
      .dq_cols = 0,
-     .dq_registers = 40,
-     .consumer_registers = 232},
+     .loader_registers = 24,
+     .dq_registers = 0,
+     .consumer_registers = 240},
 };
 
 JF2_HOST_DEVICE constexpr BackwardTiles backward_tiles(int head_dim) {

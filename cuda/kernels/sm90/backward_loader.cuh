@@ -1,0 +1,109 @@
+// The loader of the sm_90a backward: the warp that hands out key blocks and loads for the others. Steps as
+// in backward.cuh.
+#pragma once
+
+#include "device/math.cuh"
+#include "kernels/sm90/backward_plan.cuh"
+
+namespace jax_flash2::sm90 {
+
+// Lane 0 does the work. Always as far ahead as stages and tiles allow, into the next key block too.
+template <BackwardTiles kTiles>
+struct BackwardLoader {
+  using Smem = BackwardSmem<kTiles>;
+
+  const BackwardParams& p;
+  const Smem smem;
+  const CUtensorMap *q_map, *k_map, *v_map, *dout_map;
+  RingPlace<KeyBlock::kSlots> record = {};  // of the block in hand
+  RingPlace<1> keys = {};                   // its tiles of K and V
+  RingPlace<kTiles.stages> stage = {};      // of the step to load next
+  StepCursor step = {};                     // that step
+
+  static JF2_DEVICE bool leads() { return (ptx::thread_index() & 31) == 0; }
+
+  JF2_DEVICE void run() {
+    int index = blockIdx.x;
+#pragma unroll 1
+    while (true) {
+      open(index);
+      const KeyBlock& block = smem.blocks[record.slot()];
+      if (!block.live) return tell_end();
+      // The block before holds K and V to its last steps, whose stages come last, too.
+      int early = min(step.left, kTiles.stages - 1);
+#pragma unroll 1
+      for (; early > 0; --early) load_step(block);
+      ptx::mbarrier_wait(smem.v_empty(), keys.parity() ^ 1);
+      load_keys(block, smem.k(record.slot()), k_map, smem.k_full(record.slot()));
+      ptx::mbarrier_wait(smem.k_empty(), keys.parity() ^ 1);
+      load_keys(block, smem.v(record.slot()), v_map, smem.v_full(record.slot()));
+#pragma unroll 1
+      while (step.left > 0) load_step(block);
+      index = block.next;
+      record.advance();
+      keys.advance();
+    }
+  }
+
+ private:
+  // Opens the block with this index in the queue, and asks for the one after it, early, so that the
+  // round trip is over when that is opened.
+  JF2_DEVICE void open(int index) {
+    ptx::mbarrier_wait(smem.block_empty(record.slot()), record.parity() ^ 1);
+    if (leads()) {
+      KeyBlock& block = smem.blocks[record.slot()];
+      fill_block<kTiles>(block, p, index);
+      block.next = block.live ? atomicAdd(p.next_block, 1) + int(gridDim.x) : index;
+    }
+    __syncwarp();  // the record is there for this warp; the others wait for K
+    step.start(smem.blocks[record.slot()]);
+  }
+  JF2_DEVICE void tell_end() const {
+    if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
+  }
+  // Unrolled, unlike load_rows: a loop here costs the kernel its uniform registers.
+  static JF2_DEVICE void load(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
+                              uint32_t full, int head, int row, int batch) {
+    for (int panel = 0; panel < panels; ++panel)
+      ptx::tma_load_4d(shared + panel * panel_bytes, map, full, panel * kPanelCols, head, row,
+                       batch);
+  }
+  JF2_DEVICE void load_keys(const KeyBlock& block, typename Smem::KV tile, const CUtensorMap* map,
+                            uint32_t full) const {
+    using KV = typename Smem::KV;
+    if (!leads()) return;
+    if (block.tiles == 0) return ptx::mbarrier_arrive(full);
+    ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
+    load(tile.base, KV::kPanelBytes, KV::kPanels, map, full, block.kv_head,
+         block.key_block * kTiles.block_k(), block.batch);
+  }
+  // Q, dO, LSE and D of the next step, into a stage that is empty.
+  JF2_DEVICE void load_step(const KeyBlock& block) {
+    using Q = typename Smem::Q;
+    constexpr int kTermTiles = kTiles.block_q / kTermTile;
+    static_assert(kTermTiles * kTermTile == kTiles.block_q, "a step takes whole tiles of terms");
+    ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
+    if (leads()) {
+      const int head = block.first_head + step.head;
+      const int row = (block.first_tile + step.tile) * kTiles.block_q;
+      const uint32_t full = smem.step_full(stage.slot());
+      const uint32_t q = smem.q(stage.slot()).base, dout = smem.dout(stage.slot()).base;
+      const uint32_t lse = smem.lse(stage.slot()).base, delta = smem.delta(stage.slot()).base;
+      const char* terms =
+          p.row_terms + padded_row<kTiles>(p, block, step) / kTermTile * 2 * kTermBytes;
+      ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermTiles * kTermBytes));
+      load(q, Q::kPanelBytes, Q::kPanels, q_map, full, head, row, block.batch);
+      load(dout, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row, block.batch);
+#pragma unroll
+      for (int i = 0; i < kTermTiles; ++i, terms += 2 * kTermBytes) {
+        ptx::bulk_load(lse + i * Smem::Terms::kPanelBytes, terms, kTermBytes, full);
+        ptx::bulk_load(delta + i * Smem::Terms::kPanelBytes, terms + kTermBytes, kTermBytes, full);
+      }
+    }
+    __syncwarp();  // no lane falls behind the barriers' phases
+    stage.advance();
+    step.advance();
+  }
+};
+
+}  // namespace jax_flash2::sm90
