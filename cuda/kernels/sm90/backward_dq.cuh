@@ -21,17 +21,17 @@ struct DqWarp {
                            const Release& release) const {
     const int thread = ptx::thread_index(), warp = thread / 32 % 4;
     const int padded_dim = int(round_up(ptx::opaque(p.shape.head_dim), kHeadDimTile));
-    float* const sums = dq_lane(
-        p.dq_accum + (padded_row<kTiles>(p, block, now) + warp * 16) * padded_dim, thread % 32);
+    const int64_t row = padded_row<kTiles>(p, block, now);
+    float* const sums = dq_lane(p.dq_accum + (row + warp * 16) * padded_dim, thread % 32);
     const uint32_t ds = ptx::opaque(smem.ds(buffer).outer_major());
     const uint32_t k = ptx::opaque(smem.k(slot).outer_major());
     constexpr int kParts = kTiles.block_q / 64 * (kTiles.head_dim / kTiles.dq_cols);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int row = part % (kTiles.block_q / 64) * 64;
+      const int part_row = part % (kTiles.block_q / 64) * 64;
       const int col = part / (kTiles.block_q / 64) * kTiles.dq_cols;
       float dq[kTiles.dq_cols / 2];
-      const uint32_t a = ds + Smem::Scores::outer_major_column(row);
+      const uint32_t a = ds + Smem::Scores::outer_major_column(part_row);
       const uint32_t b = k + Smem::KV::outer_major_column(col);
       ptx::wgmma_fence();
 #pragma unroll
@@ -43,7 +43,7 @@ struct DqWarp {
 #pragma unroll
       for (float& x : dq) ptx::pin(x);
       if (part + 1 == kParts) release();
-      float* const to = sums + row * padded_dim;
+      float* const to = sums + part_row * padded_dim;
 #pragma unroll
       for (int j = 0; j < kTiles.dq_cols / 8; ++j) {
         // H may be far less than the tile's head dim where Hv is not.

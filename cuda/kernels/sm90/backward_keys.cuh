@@ -22,19 +22,21 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
+    StepCursor now;  // the step whose S or P is in hand
+    now.start(block);
+    const bool has_steps = now.left > 0;
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
     const int slot = ptx::uniform(record.slot());
     const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
-    int head = 0, tile = 0;  // of the step whose S or P is in hand
-    bool cut = false;        // does the band cut it?
+    bool cut = false;  // does the band cut that step?
     c.zero(dk);
     c.zero(dv);
 
-    auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
+    auto row = [&]()
+                   __attribute__((always_inline)) { return first_row + now.tile * kTiles.block_q; };
     auto issue_s = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      cut = tile < whole.begin || tile >= whole.end;
+      cut = now.tile < whole.begin || now.tile >= whole.end;
       if (cut) c.clear_padding(block, row(), stage.slot());
       c.take_turn();
       c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
@@ -73,7 +75,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       c.pass_turn();
       c.arrive(smem.step_empty(stage.slot()));
       stage.advance();
-      if (++head == heads) head = 0, ++tile;
+      now.advance();
     };
     auto store_dv = [&](auto staging) __attribute__((always_inline)) {
       c.store_gradient(block, dv, {p.dv, 1.f, p.shape.value_dim, p.shape.head_dim}, staging);
@@ -85,10 +87,10 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     // Nothing is in flight before or after. The fence of dS is long where the other warpgroups keep the
     // memory busy: it runs under products, but at the end, when dS is waited for.
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
-      const int now = stage.slot();
+      const int here = stage.slot();
       c.take_turn();
-      c.issue_scores(smem.v(slot), smem.dout(now), smem.delta(now));
-      c.issue_gradient(dv, c.packed_p, smem.dout(now));
+      c.issue_scores(smem.v(slot), smem.dout(here), smem.delta(here));
+      c.issue_gradient(dv, c.packed_p, smem.dout(here));
       c.pass_turn();
       ptx::wgmma_wait<0>();
       if constexpr (kLast) release_keys();
@@ -101,12 +103,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       if constexpr (kLast) give_ds();
       stage.advance();
       if constexpr (!kLast) {
-        if (++head == heads) head = 0, ++tile;
+        now.advance();
         issue_s();
       } else {
         c.take_turn();
       }
-      c.issue_gradient(dk, c.packed_ds, smem.q(now));
+      c.issue_gradient(dk, c.packed_ds, smem.q(here));
       c.pass_turn();
       if constexpr (!kLast) {
         give_ds();
@@ -117,12 +119,12 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       }
       ptx::wgmma_wait<0>();
       c.pin(dk);
-      c.arrive(smem.step_empty(now));
+      c.arrive(smem.step_empty(here));
     };
 
-    if (steps > 0) {
+    if (has_steps) {
       c.clear_padding(block, record);
-      const int hidden = min(c.hidden_tiles(block) * heads, steps - 1);
+      const int hidden = min(c.hidden_tiles(block) * now.heads, now.left - 1);
 #pragma unroll 1
       for (int i = 0; i < hidden; ++i) pass_step();
       issue_s();
@@ -131,13 +133,13 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       take_s();
       ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
 #pragma unroll 1
-      for (int left = steps - hidden; left > 1; --left) step.template operator()<false>();
+      while (now.left > 1) step.template operator()<false>();
       step.template operator()<true>();
     } else {
       release_keys();
     }
     if constexpr (Smem::kHasStaging) {
-      if (steps == 0) store_dv(smem.staging());
+      if (!has_steps) store_dv(smem.staging());
       store_dk(smem.staging());
     } else {  // the dS buffer that comes next, once it has been read
       if constexpr (kHasDq) ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);

@@ -22,19 +22,20 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    const int heads = ptx::uniform(block.heads), steps = heads * ptx::uniform(block.tiles);
+    StepCursor now;  // the step whose S or dP is in hand
+    now.start(block);
     const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
     const int slot = ptx::uniform(record.slot());
     const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
-    int head = 0, tile = 0;  // of the step whose S or dP is in hand
-    bool cut = false;        // does the band cut it?
+    bool cut = false;  // does the band cut that step?
     c.zero(d);
 
-    auto row = [&]() __attribute__((always_inline)) { return first_row + tile * kTiles.block_q; };
-    // S or dP of the step of `tile`.
+    auto row = [&]()
+                   __attribute__((always_inline)) { return first_row + now.tile * kTiles.block_q; };
+    // S or dP of that step.
     auto issue = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      cut = tile < whole.begin || tile >= whole.end;
+      cut = now.tile < whole.begin || now.tile >= whole.end;
       if (cut) c.clear_padding(block, row(), stage.slot());
       if constexpr (kHasP) {
         c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
@@ -68,24 +69,24 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         c.pack(c.packed_ds);
       }
     };
-    auto issue_gradient = [&](int now) __attribute__((always_inline)) {
+    auto issue_gradient = [&](int of) __attribute__((always_inline)) {
       if constexpr (kHasP) {
-        c.issue_gradient(d, c.packed_p, smem.dout(now));
+        c.issue_gradient(d, c.packed_p, smem.dout(of));
       } else {
-        c.issue_gradient(d, c.packed_ds, smem.q(now));
+        c.issue_gradient(d, c.packed_ds, smem.q(of));
       }
     };
-    auto end_step = [&](int now) __attribute__((always_inline)) {
+    auto end_step = [&](int of) __attribute__((always_inline)) {
       ptx::wgmma_wait<0>();
       c.pin(d);
-      c.arrive(smem.step_empty(now));
+      c.arrive(smem.step_empty(of));
     };
 
     auto release_keys = [&]() __attribute__((always_inline)) {
       c.arrive(kHasP ? smem.k_empty() : smem.v_empty());
     };
 
-    if (steps > 0) {
+    if (now.left > 0) {
       c.clear_padding(block, record);
       if constexpr (!kHasP) ptx::mbarrier_wait(smem.v_full(record.slot()), record.parity());
       issue();
@@ -93,13 +94,13 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
       take();
       give();
 #pragma unroll 1
-      for (int left = steps; left > 1; --left) {
-        const int now = stage.slot();
+      while (now.left > 1) {
+        const int before = stage.slot();
         stage.advance();
-        if (++head == heads) head = 0, ++tile;
-        issue_gradient(now);
+        now.advance();
+        issue_gradient(before);
         issue();
-        end_step(now);
+        end_step(before);
         take();
         give();
       }
