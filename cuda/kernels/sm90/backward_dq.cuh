@@ -17,11 +17,11 @@ struct DqWarp {
 
   // Adds dS K of a step to dQ. `release` follows the last product.
   template <typename Release>
-  JF2_DEVICE void add_step(const KeyBlock& block, const StepCursor& now, int slot, int buffer,
-                           const Release& release) const {
+  JF2_DEVICE void add_step(const KeyBlock& block, const StepCursor<kTiles>& now, int slot,
+                           int buffer, const Release& release) const {
     const int thread = ptx::thread_index(), warp = thread / 32 % 4;
     const int padded_dim = int(round_up(ptx::opaque(p.shape.head_dim), kHeadDimTile));
-    const int64_t row = padded_row<kTiles>(p, block, now);
+    const int64_t row = now.padded_row(p, block.batch);
     float* const sums = dq_lane(p.dq_accum + (row + warp * 16) * padded_dim, thread % 32);
     const uint32_t ds = ptx::opaque(smem.ds(buffer).outer_major());
     const uint32_t k = ptx::opaque(smem.k(slot).outer_major());
@@ -70,8 +70,7 @@ JF2_DEVICE void multiply_dq(const BackwardParams& p, BackwardSmem<kTiles> smem) 
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    StepCursor now;
-    now.start(block);
+    StepCursor<kTiles> now(block);
     if (now.left == 0) arrive(smem.k_empty());
 #pragma unroll 1
     for (; now.left > 0; now.advance()) {

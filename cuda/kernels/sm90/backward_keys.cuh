@@ -22,36 +22,30 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    StepCursor now;  // the step whose S or P is in hand
-    now.start(block);
+    StepCursor<kTiles> now(block);  // the step whose S or P is in hand
     const bool has_steps = now.left > 0;
-    const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
     const int slot = ptx::uniform(record.slot());
     const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
     bool cut = false;  // does the band cut that step?
     c.zero(dk);
     c.zero(dv);
 
-    auto row = [&]()
-                   __attribute__((always_inline)) { return first_row + now.tile * kTiles.block_q; };
     auto issue_s = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      cut = now.tile < whole.begin || now.tile >= whole.end;
-      if (cut) c.clear_padding(block, row(), stage.slot());
+      cut = now.row < whole.begin || now.row >= whole.end;
+      if (cut) c.clear_padding(block, now.row, stage.slot());
       c.take_turn();
       c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
     };
     auto take_s = [&]() __attribute__((always_inline)) {
       c.pin(c.x);
       c.exponentiate();
-      if (cut) c.hide(block, row());
+      if (cut) c.hide(block, now.row);
       c.pack(c.packed_p);
     };
-    // Nothing, where dQ has a kernel of its own.
-    auto store_ds = [&](auto store) __attribute__((always_inline)) {
-      if constexpr (!kHasDq) return;
-      ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
-      store(smem.ds(ds.slot()));
+    // A tile of dS for dQ to read, where that has no kernel of its own.
+    auto await_ds = [&]() __attribute__((always_inline)) {
+      if constexpr (kHasDq) ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
     };
     auto give_ds = [&]() __attribute__((always_inline)) {
       if constexpr (!kHasDq) return;
@@ -66,10 +60,11 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     // A step of queries that see no key of this warpgroup: its dS is 0.
     auto pass_step = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      c.clear_padding(block, row(), stage.slot());
+      c.clear_padding(block, now.row, stage.slot());
       c.take_turn();
       c.pass_turn();
-      store_ds([&](auto tile) __attribute__((always_inline)) { c.store_zeros(tile); });
+      await_ds();
+      if constexpr (kHasDq) c.store_zeros(smem.ds(ds.slot()));
       give_ds();
       c.take_turn();
       c.pass_turn();
@@ -85,21 +80,27 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
     };
     // One step, whose P is packed; S and P of the next along with it unless this is the last.
     // Nothing is in flight before or after. The fence of dS is long where the other warpgroups keep the
-    // memory busy: it runs under products, but at the end, when dS is waited for.
+    // memory busy: it runs under products, but at the end, when dS is waited for. Where there is dQ, dS
+    // is worked out under dV, too; where there is not, that is slower.
     auto step = [&]<bool kLast>() __attribute__((always_inline)) {
       const int here = stage.slot();
       c.take_turn();
       c.issue_scores(smem.v(slot), smem.dout(here), smem.delta(here));
       c.issue_gradient(dv, c.packed_p, smem.dout(here));
       c.pass_turn();
-      ptx::wgmma_wait<0>();
-      if constexpr (kLast) release_keys();
+      ptx::wgmma_wait<kHasDq ? 1 : 0>();
       c.pin(c.x);
-      c.pin(dv);
+      if constexpr (!kHasDq) c.pin(dv);
       c.score_gradients();
-      if (cut) c.hide(block, row());
+      if (cut) c.hide(block, now.row);
       c.pack(c.packed_ds);
-      store_ds([&](auto tile) __attribute__((always_inline)) { c.store(tile, c.packed_ds); });
+      if constexpr (kHasDq) {
+        ptx::wgmma_wait<0>();
+        c.pin(dv);
+      }
+      if constexpr (kLast) release_keys();
+      await_ds();
+      if constexpr (kHasDq) c.store(smem.ds(ds.slot()), c.packed_ds);
       if constexpr (kLast) give_ds();
       stage.advance();
       if constexpr (!kLast) {
@@ -124,7 +125,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
 
     if (has_steps) {
       c.clear_padding(block, record);
-      const int hidden = min(c.hidden_tiles(block) * now.heads, now.left - 1);
+      const int hidden = min(c.hidden_tiles(block) * block.heads, now.left - 1);
 #pragma unroll 1
       for (int i = 0; i < hidden; ++i) pass_step();
       issue_s();

@@ -18,7 +18,6 @@ struct BackwardLoader {
   RingPlace<KeyBlock::kSlots> record = {};  // of the block in hand
   RingPlace<1> keys = {};                   // its tiles of K and V
   RingPlace<kTiles.stages> stage = {};      // of the step to load next
-  StepCursor step = {};                     // that step
 
   static JF2_DEVICE bool leads() { return (ptx::thread_index() & 31) == 0; }
 
@@ -29,16 +28,17 @@ struct BackwardLoader {
       open(index);
       const KeyBlock& block = smem.blocks[record.slot()];
       if (!block.live) return tell_end();
+      StepCursor<kTiles> step(block);
       // The block before holds K and V to its last steps, whose stages come last, too.
       int early = min(step.left, kTiles.stages - 1);
 #pragma unroll 1
-      for (; early > 0; --early) load_step(block);
+      for (; early > 0; --early) load_step(block, step);
       ptx::mbarrier_wait(smem.v_empty(), keys.parity() ^ 1);
       load_keys(block, smem.k(record.slot()), k_map, smem.k_full(record.slot()));
       ptx::mbarrier_wait(smem.k_empty(), keys.parity() ^ 1);
       load_keys(block, smem.v(record.slot()), v_map, smem.v_full(record.slot()));
 #pragma unroll 1
-      while (step.left > 0) load_step(block);
+      while (step.left > 0) load_step(block, step);
       index = block.next;
       record.advance();
       keys.advance();
@@ -56,7 +56,6 @@ struct BackwardLoader {
       block.next = block.live ? atomicAdd(p.next_block, 1) + int(gridDim.x) : index;
     }
     __syncwarp();  // the record is there for this warp; the others wait for K
-    step.start(smem.blocks[record.slot()]);
   }
   JF2_DEVICE void tell_end() const {
     if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
@@ -72,28 +71,26 @@ struct BackwardLoader {
                             uint32_t full) const {
     using KV = typename Smem::KV;
     if (!leads()) return;
-    if (block.tiles == 0) return ptx::mbarrier_arrive(full);
+    if (block.steps == 0) return ptx::mbarrier_arrive(full);
     ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
     load(tile.base, KV::kPanelBytes, KV::kPanels, map, full, block.kv_head,
          block.key_block * kTiles.block_k(), block.batch);
   }
   // Q, dO, LSE and D of the next step, into a stage that is empty.
-  JF2_DEVICE void load_step(const KeyBlock& block) {
+  JF2_DEVICE void load_step(const KeyBlock& block, StepCursor<kTiles>& step) {
     using Q = typename Smem::Q;
     constexpr int kTermTiles = kTiles.block_q / kTermTile;
     static_assert(kTermTiles * kTermTile == kTiles.block_q, "a step takes whole tiles of terms");
     ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
     if (leads()) {
-      const int head = block.first_head + step.head;
-      const int row = (block.first_tile + step.tile) * kTiles.block_q;
       const uint32_t full = smem.step_full(stage.slot());
       const uint32_t q = smem.q(stage.slot()).base, dout = smem.dout(stage.slot()).base;
       const uint32_t lse = smem.lse(stage.slot()).base, delta = smem.delta(stage.slot()).base;
       const char* terms =
-          p.row_terms + padded_row<kTiles>(p, block, step) / kTermTile * 2 * kTermBytes;
+          p.row_terms + step.padded_row(p, block.batch) / kTermTile * 2 * kTermBytes;
       ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermTiles * kTermBytes));
-      load(q, Q::kPanelBytes, Q::kPanels, q_map, full, head, row, block.batch);
-      load(dout, Q::kPanelBytes, Q::kPanels, dout_map, full, head, row, block.batch);
+      load(q, Q::kPanelBytes, Q::kPanels, q_map, full, step.head, step.row, block.batch);
+      load(dout, Q::kPanelBytes, Q::kPanels, dout_map, full, step.head, step.row, block.batch);
 #pragma unroll
       for (int i = 0; i < kTermTiles; ++i, terms += 2 * kTermBytes) {
         ptx::bulk_load(lse + i * Smem::Terms::kPanelBytes, terms, kTermBytes, full);

@@ -22,21 +22,17 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     ptx::mbarrier_wait(smem.k_full(record.slot()), record.parity());
     const KeyBlock& block = smem.blocks[record.slot()];
     if (!block.live) break;
-    StepCursor now;  // the step whose S or dP is in hand
-    now.start(block);
-    const int first_row = ptx::uniform(block.first_tile) * kTiles.block_q;
+    StepCursor<kTiles> now(block);  // the step whose S or dP is in hand
     const int slot = ptx::uniform(record.slot());
     const Range whole = {ptx::uniform(block.whole.begin), ptx::uniform(block.whole.end)};
     bool cut = false;  // does the band cut that step?
     c.zero(d);
 
-    auto row = [&]()
-                   __attribute__((always_inline)) { return first_row + now.tile * kTiles.block_q; };
     // S or dP of that step.
     auto issue = [&]() __attribute__((always_inline)) {
       ptx::mbarrier_wait(smem.step_full(stage.slot()), stage.parity());
-      cut = now.tile < whole.begin || now.tile >= whole.end;
-      if (cut) c.clear_padding(block, row(), stage.slot());
+      cut = now.row < whole.begin || now.row >= whole.end;
+      if (cut) c.clear_padding(block, now.row, stage.slot());
       if constexpr (kHasP) {
         c.issue_scores(smem.k(slot), smem.q(stage.slot()), smem.lse(stage.slot()));
       } else {
@@ -55,7 +51,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
         shared_p.advance();
         c.score_gradients();
       }
-      if (cut) c.hide(block, row());
+      if (cut) c.hide(block, now.row);
     };
     // Packs it and, P, hands it on.
     auto give = [&]() __attribute__((always_inline)) {

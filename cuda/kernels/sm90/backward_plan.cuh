@@ -53,8 +53,9 @@ struct BackwardParams {
 struct alignas(16) KeyBlock {
   int batch, kv_head, split, key_block;
   int first_head, heads;  // query heads
-  int first_tile, tiles;  // query tiles of each; tiles 0: nobody sees the block
-  Range whole;            // of these, counted from first_tile, those that the band does not cut
+  int first_row,
+      steps;    // of the first query tile that sees a key; tiles of all heads, 0 if none does
+  Range whole;  // rows of tiles that the band does not cut
   alignas(16) Band band;
   Range keys;  // of the block, those that some query sees
   Range rows;  // of the sequence, those that see some key
@@ -85,36 +86,38 @@ JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
   block.band = band;
   block.keys = {max(key, seen.begin), min(key + kTiles.block_k(), seen.end)};
   block.rows = band.rows_of({0, band.kv_length});
-  block.first_tile = seeing.begin / kTiles.block_q;
-  block.tiles =
-      seeing.empty() ? 0 : (seeing.end + kTiles.block_q - 1) / kTiles.block_q - block.first_tile;
-  block.whole = {(seeing_all.begin + kTiles.block_q - 1) / kTiles.block_q - block.first_tile,
-                 seeing_all.end / kTiles.block_q - block.first_tile};
+  constexpr int kQ = kTiles.block_q;
+  block.first_row = seeing.begin / kQ * kQ;
+  block.steps = seeing.empty() ? 0 : (seeing.end - block.first_row + kQ - 1) / kQ * block.heads;
+  block.whole = {(seeing_all.begin + kQ - 1) / kQ * kQ, seeing_all.end / kQ * kQ};
 }
 
 // Walks over the steps of a key block: its query tiles from the first to the last, and of each its
 // heads, so that blocks of one group that run at a time are on the same queries.
+template <BackwardTiles kTiles>
 struct StepCursor {
-  int heads = 0, head = 0, tile = 0, left = 0;
+  int first_head, end_head;
+  int head, row;  // of the step: the query head, the first row of the tile
+  int left;       // steps, this one among them
 
-  JF2_DEVICE void start(const KeyBlock& block) {
-    head = 0, tile = 0, heads = ptx::uniform(block.heads);
-    left = heads * ptx::uniform(block.live ? block.tiles : 0);
-  }
+  JF2_DEVICE explicit StepCursor(const KeyBlock& block)
+      : first_head(ptx::uniform(block.first_head)),
+        end_head(first_head + ptx::uniform(block.heads)),
+        head(first_head),
+        row(ptx::uniform(block.first_row)),
+        left(ptx::uniform(block.live ? block.steps : 0)) {}
+
   JF2_DEVICE void advance() {
     --left;
-    if (++head == heads) head = 0, ++tile;
+    if (++head == end_head) head = first_head, row += kTiles.block_q;
+  }
+  // Of the step, in the padded workspaces.
+  JF2_DEVICE int64_t padded_row(const BackwardParams& p, int batch) const {
+    // Opaque: what can be had again from constants shall hold no registers from step to step.
+    const int padded_len = int(round_up(ptx::opaque(p.shape.query_len), kTokenTile));
+    return (int64_t(batch) * p.shape.query_heads + head) * padded_len + row;
   }
 };
-
-template <BackwardTiles kTiles>
-JF2_DEVICE int64_t padded_row(const BackwardParams& p, const KeyBlock& block,
-                              const StepCursor& step) {
-  const int64_t head = int64_t(block.batch) * p.shape.query_heads + block.first_head + step.head;
-  // Opaque: what can be had again from constants shall hold no registers from step to step.
-  return head * int(round_up(ptx::opaque(p.shape.query_len), kTokenTile)) +
-         (block.first_tile + step.tile) * kTiles.block_q;
-}
 
 template <BackwardTiles kTiles>
 struct BackwardSmem {

@@ -148,8 +148,8 @@ struct KeyWarp {
   // Query tiles at the block's beginning that see no key of the warpgroup.
   JF2_DEVICE int hidden_tiles(const KeyBlock& block) const {
     const int key = block.key_block * kTiles.block_k() + first_key_of_group();
-    const int first = block.band.rows_of({key, key + 64}).begin / kTiles.block_q;
-    return ptx::uniform(max(first - block.first_tile, 0));
+    const int row = block.band.rows_of({key, key + 64}).begin;
+    return ptx::uniform(max(row - block.first_row, 0) / kTiles.block_q);
   }
   // Zeroes rows of a tile outside `live`, which counts from its first row.
   template <typename Tile>
