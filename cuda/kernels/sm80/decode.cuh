@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   const Shared shared = {ptx::shared_address(dynamic_shared)};
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  if (warp == 0) shared.init_barriers(lane);
+  static_assert(Shared::kMaxStages == kDecodeThreads / 32, "each warp makes a stage's barriers");
+  if (lane == 0) shared.init_barriers(warp);
 
   // 1
   const DecodePart part = find_part<kKeys>(problem, plan, lane);

@@ -79,14 +79,12 @@ struct DecodeShared {
   }
   JF2_DEVICE uint32_t empty(int stage, int side) const { return full(stage, side) + 8; }
 
-  // By one warp, before all others.
-  JF2_DEVICE void init_barriers(int lane) const {
-    const int stage = lane / 4, side = lane / 2 % 2;
-    if (stage >= kMaxStages) return;
-    if (lane % 2 == 0) {
+  // Those of a stage, by one thread.
+  JF2_DEVICE void init_barriers(int stage) const {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
       // Each lane of the warp that loads, twice: what it has copied, what it has stored.
       ptx::mbarrier_init(full(stage, side), 64);
-    } else {
       ptx::mbarrier_init(empty(stage, side), side == 0 ? Config::kKeyWarps : kDecodeWarps);
     }
   }
