@@ -62,7 +62,9 @@ add_kernels(kernels_sm80 ARCHS ${JAX_FLASH2_CUDA_ARCHS}
 if(JAX_FLASH2_HAS_SM90)
   generate_instances(forward_sm90 ForwardProblem forward_sm90_sources ${JAX_FLASH2_HEAD_DIMS})
   generate_instances(backward_sm90 BackwardProblem backward_sm90_sources ${JAX_FLASH2_HEAD_DIMS})
-  add_kernels(kernels_sm90 ARCHS 90a-real SOURCES ${forward_sm90_sources} ${backward_sm90_sources})
+  generate_instances(decode_sm90 DecodeProblem decode_sm90_sources ${JAX_FLASH2_DECODE_HEAD_DIMS})
+  add_kernels(kernels_sm90 ARCHS 90a-real
+              SOURCES ${forward_sm90_sources} ${backward_sm90_sources} ${decode_sm90_sources})
 endif()
 
 install(TARGETS _cuda LIBRARY DESTINATION jax_flash2)

@@ -95,6 +95,51 @@ JF2_DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- clusters: thread blocks that read each other's shared memory
+JF2_DEVICE int cluster_rank() {
+  int x;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(x));
+  return x;
+}
+// The threads of all its blocks meet, but for those that have ended. By whole warps.
+JF2_DEVICE void cluster_sync() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+// The same where nothing that was written is to be seen.
+JF2_DEVICE void cluster_sync_relaxed() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;\n" ::
+          : "memory");
+}
+// An address in this block's shared memory, as one in that of block `rank`.
+JF2_DEVICE uint32_t shared_of_block(uint32_t shared, int rank) {
+  uint32_t x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(x) : "r"(shared), "r"(rank));
+  return x;
+}
+JF2_DEVICE float2 ld_cluster_f32x2(uint32_t shared) {
+  float2 x;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+JF2_DEVICE float4 ld_cluster_f32x4(uint32_t shared) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+
 // ---- stmatrix: the inverse of ldmatrix
 JF2_DEVICE void stmatrix_x4(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),

@@ -7,6 +7,7 @@
 #include <random>
 
 #include "launch/launch.h"
+#include "launch/launch_util.h"
 #include "launch/select.h"
 
 namespace jax_flash2::gpu {
@@ -29,9 +30,18 @@ uint64_t number_of_launch() {
 Status decode(const DecodeProblem& problem, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   if (shape.batch == 0 || shape.query_len == 0) return {};
-  return at_head_dim<kDecodeHeadDims>(
-      std::max(shape.head_dim, shape.value_dim),
-      [&](auto head_dim) { return launch_decode<head_dim>(problem, stream); });
+  int major = 0, multiprocessors = 0;
+  if (Status s = compute_capability_major(major); !s.ok()) return s;
+  if (Status s = multiprocessor_count(multiprocessors); !s.ok()) return s;
+  const bool clusters = decodes_in_clusters(problem, major, multiprocessors);
+  return at_head_dim<kDecodeHeadDims>(std::max(shape.head_dim, shape.value_dim),
+                                      [&](auto head_dim) {
+                                        if constexpr (kHasSm90) {
+                                          if (clusters)
+                                            return launch_decode_sm90<head_dim>(problem, stream);
+                                        }
+                                        return launch_decode<head_dim>(problem, stream);
+                                      });
 }
 
 }  // namespace jax_flash2::gpu

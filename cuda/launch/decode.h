@@ -17,5 +17,8 @@ uint64_t number_of_launch();
 
 template <int kHeadDim>
 Status launch_decode(const DecodeProblem& problem, cudaStream_t stream);
+// In clusters: for a call of which decodes_in_clusters (launch/select.h) is true.
+template <int kHeadDim>
+Status launch_decode_sm90(const DecodeProblem& problem, cudaStream_t stream);
 
 }  // namespace jax_flash2::gpu

@@ -17,6 +17,7 @@ template <typename Config>
 Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::DecodePlan& plan,
                    LaunchConfig& launch) {
   using Shared = sm80::DecodeShared<Config>;
+  constexpr bool kClusters = Config::kCluster > 1;
   const Shape& shape = problem.shape;
   int multiprocessors = 0, block_limit = 0, multiprocessor_bytes = 0;
   if (Status s = multiprocessor_count(multiprocessors); !s.ok()) return s;
@@ -29,7 +30,8 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
   };
   const int64_t most_keys =
       std::min(int64_t{shape.kv_len}, int64_t{problem.window_left} + shape.query_len);
-  const bool alone = problem.pages.table == nullptr && most_keys >= Config::kTile.alone_from;
+  const bool alone =
+      kClusters || (problem.pages.table == nullptr && most_keys >= Config::kTile.alone_from);
   int blocks = alone ? 1 : Config::kBlocks;
   int stages = stages_in(std::min(block_limit, multiprocessor_bytes / blocks - 1024));
   if (stages < 2) blocks = 1, stages = stages_in(block_limit);
@@ -42,14 +44,6 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
                                     std::to_string(most_tiles) +
                                     " tiles, of which 2**31 - 1 can be counted: split the batch");
   }
-  // An H200's 132 multiprocessors hang on eight ports to memory, 16 or 18 on each: with as many
-  // blocks on every port, all finish together. Elsewhere it would leave out too many.
-  int64_t grid = std::min(int64_t{blocks} * multiprocessors, int64_t{kDecodeBlocks});
-  if (grid % 64 * 25 <= grid) grid -= grid % 64;
-  // All heads of a sequence side by side read memory in one stream. If that leaves few blocks out.
-  const int64_t side_by_side = grid / shape.kv_heads * shape.kv_heads;
-  const bool all_heads = side_by_side * 32 >= grid * 31;
-  if (all_heads) grid = side_by_side;
   const int page_size = problem.pages.table != nullptr ? problem.pages.size : kPageMultiple;
   plan = {
       .scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e),
@@ -57,16 +51,31 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
       .number = number_of_launch(),
       .group = Divisor(shape.group()),
       .row_blocks = Divisor(static_cast<uint32_t>(row_blocks)),
-      .lanes = Divisor(all_heads ? shape.kv_heads : 1),
-      .units = Divisor(static_cast<uint32_t>(all_heads ? row_blocks : units)),
+      .lanes = Divisor(1),
+      .units = Divisor(static_cast<uint32_t>(units)),
       .page_groups = Divisor(page_size / kPageMultiple),
   };
   launch = {
-      .blocks = std::min(grid, most_tiles),
+      .blocks = shape.batch * units * Config::kCluster,
       .threads = sm80::kDecodeThreads,
       .shared_bytes = Shared::bytes(plan.stages),
       .stream = stream,
+      .cluster = Config::kCluster,
   };
+  if (kClusters) return {};
+
+  // An H200's 132 multiprocessors hang on eight ports to memory, 16 or 18 on each: with as many
+  // blocks on every port, all finish together. Elsewhere it would leave out too many.
+  int64_t grid = std::min(int64_t{blocks} * multiprocessors, int64_t{kDecodeBlocks});
+  if (grid % 64 * 25 <= grid) grid -= grid % 64;
+  // All heads of a sequence side by side read memory in one stream. If that leaves few blocks out.
+  const int64_t side_by_side = grid / shape.kv_heads * shape.kv_heads;
+  if (side_by_side * 32 >= grid * 31) {
+    grid = side_by_side;
+    plan.lanes = Divisor(shape.kv_heads);
+    plan.units = Divisor(static_cast<uint32_t>(row_blocks));
+  }
+  launch.blocks = std::min(grid, most_tiles);
   return {};
 }
 

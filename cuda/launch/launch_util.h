@@ -71,6 +71,7 @@ struct LaunchConfig {
   int threads;
   int shared_bytes;  // dynamic
   cudaStream_t stream;
+  int cluster = 1;  // thread blocks of a cluster
 };
 
 // Lets kKernel ask for so much dynamic shared memory on a device. The limit is only ever raised, and
@@ -107,6 +108,13 @@ Status launch(const LaunchConfig& config, const Args&... args) {
   launch_config.blockDim = dim3(static_cast<unsigned>(config.threads));
   launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
   launch_config.stream = config.stream;
+  cudaLaunchAttribute cluster = {};
+  if (config.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    launch_config.attrs = &cluster;
+    launch_config.numAttrs = 1;
+  }
   return cuda_status(cudaLaunchKernelEx(&launch_config, kKernel, args...), "launching a kernel");
 }
 

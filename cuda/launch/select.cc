@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "kernels/sm80/decode_plan.h"
 #include "kernels/sm90/tiles_backward.h"
 
 namespace jax_flash2::gpu {
@@ -54,6 +55,16 @@ Status select(const BackwardProblem& problem, int major, Selection& selection) {
                       !sm90::backward_tiles(selection.head_dim).fuses_dq();
   }
   return {};
+}
+
+bool decodes_in_clusters(const DecodeProblem& problem, int major, int multiprocessors) {
+  const Shape& shape = problem.shape;
+  const int64_t most_keys =
+      std::min(int64_t{shape.kv_len}, int64_t{problem.window_left} + shape.query_len);
+  return kHasSm90 && major == 9 &&
+         (problem.dtype == DType::kFloat16 || problem.dtype == DType::kBFloat16) &&
+         problem.rows() <= sm80::kDecodeFewRows && most_keys <= sm80::kDecodeClusterKeys &&
+         shape.batch * shape.kv_heads * sm80::kDecodeCluster * 2 <= multiprocessors;
 }
 
 std::string select_code(const std::string& archs, int major, int minor) {

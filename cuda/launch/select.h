@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "core/decode.h"
 #include "core/problem.h"
 #include "core/status.h"
 #include "jax_flash2_config.h"
@@ -23,6 +24,12 @@ struct Selection {
 // `major` is that of the device's compute capability. Fails where no head dim is large enough.
 Status select(const ForwardProblem& problem, int major, Selection& selection);
 Status select(const BackwardProblem& problem, int major, Selection& selection);
+
+// Does a call decode in clusters of Hopper's thread blocks? Where there is so little to do that it
+// waits for latencies: each unit has a cluster, all at once, on half of the multiprocessors at most,
+// since a cluster wants its blocks close together. What reads more is cut into parts of equal work
+// for all multiprocessors.
+bool decodes_in_clusters(const DecodeProblem& problem, int major, int multiprocessors);
 
 // The code that a GPU of this compute capability takes out of `archs`, a list such as
 // "80-real;90-real;80-virtual": machine code of its own major version, else PTX, else "".

@@ -13,7 +13,8 @@
 //   6  P = 2^(scale S - m) to shared memory; O and l brought to the new m if it moved by much
 //   7  wait for V; O += P V, each warp its own columns
 //   8  where a unit ends, or the part: the result, or a piece of it (decode_merge.cuh)
-//   9  where others have the rest of the last unit: their pieces and this block's, put together
+//   9  where others have the rest of the last unit: their pieces and this block's, put together;
+//      in a cluster, by all its blocks (kernels/sm80/decode_cluster.cuh)
 #pragma once
 
 #include "device/hide.cuh"
@@ -55,6 +56,11 @@ constexpr int resident_blocks() {
 #endif
 }
 
+// Of clusters, which sm_90 brought (decode_cluster.cuh).
+template <typename Config>
+JF2_DEVICE void merge_in_cluster(const DecodeShared<Config>& shared, const DecodeProblem& problem,
+                                 const DecodePlan& plan, const DecodeRows& rows, int thread);
+
 template <typename Config>
 __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     decode_kernel(const __grid_constant__ DecodeProblem problem,
@@ -65,7 +71,7 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   using KvTile = typename Shared::KvTile;
   constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kHeadDim = Config::kHeadDim;
   constexpr int kWarpKeys = Config::kWarpKeys, kWarpCols = Config::kWarpCols;
-  constexpr int kLaneRows = RowStates<kRows>::kCount;
+  constexpr int kLaneRows = RowStates<kRows>::kCount, kCluster = Config::kCluster;
   // m may lag behind the maximum by so much, in powers of two, before O and l are brought to it.
   constexpr float kMaxLag = 8.f;
 
@@ -76,8 +82,13 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   if (lane == 0) shared.init_barriers(warp);
 
   // 1
-  const DecodePart part = find_part<kKeys>(problem, plan, lane);
-  if (part.count == 0) return;
+  DecodePart part;
+  if constexpr (kCluster > 1) {
+    part = find_part_of_unit<kKeys, kCluster>(problem, plan);
+  } else {
+    part = find_part<kKeys>(problem, plan, lane);
+    if (part.count == 0) return;
+  }
   __syncthreads();  // the barriers are there
 
   // 2
@@ -93,13 +104,17 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   const OperandA<Math, typename Shared::PTile, Major::kKMajor> p(shared.p(), 0, 0, lane);
   Accumulators<kRows, kWarpCols> o;
   RowStates<kRows> state;
+  if constexpr (kCluster > 1) {  // where nothing is left for this block
+    o.zero();
+    state.clear();
+  }
   DecodeCursor<kKeys> here(problem, part.sequence, part.offset);
   DecodeRows rows(problem, plan, part, here.sequence, here.unit, kRows);
   bool begins = false;  // this block has the beginning of the unit
   bool turns = true;    // to rows that it has not seen yet
   StageRing ring;
 
-  for (int left = part.count;; ring.advance(plan.stages)) {
+  for (int left = part.count; kCluster == 1 || left > 0; ring.advance(plan.stages)) {
     if (turns) {
       // 3: no warp reads the last Q any more, since all have met after it.
       rows = DecodeRows(problem, plan, part, here.sequence, here.unit, kRows);
@@ -187,7 +202,9 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
         const float4 x = shared.take(r * 8 + (lane >> 2));
         state.l[r] = (x.x + x.y) + (x.z + x.w);
       }
-      if (begins && ends) {
+      if constexpr (kCluster > 1) {
+        // All of it is merged in the end.
+      } else if (begins && ends) {
         store_results<Element>(problem, plan, rows, o, state, col, thread);
       } else if (!begins) {
         leave_piece(problem, part.piece(plan, part.index), o, state, rows.count, col, plan.number,
@@ -199,7 +216,7 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     turns = here.tile == 0;
   }
 
-  if (!begins || here.ends_unit()) return;
+  if (kCluster == 1 && (!begins || here.ends_unit())) return;
   // 9: nothing is under way into the stages any more.
   store_accumulators(shared.o(), 0, col, o, 1.f, lane);
 #pragma unroll
@@ -207,9 +224,13 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     const uint32_t to = shared.states() + (r * 8 + (lane >> 2)) * 8;
     if (thread < 32 && lane % 4 == 0) ptx::sts_f32x2(to, state.m[r], state.l[r]);
   }
-  meet();  // O, m and l are there
-  const unsigned last_tile = part.end() + (here.tiles.count - 2 - here.tile);
-  merge_pieces(shared, problem, plan, rows, part, part.parts.part_of(last_tile), thread);
+  if constexpr (kCluster > 1) {
+    merge_in_cluster(shared, problem, plan, rows, thread);
+  } else {
+    meet();  // O, m and l are there
+    const unsigned last_tile = part.end() + (here.tiles.count - 2 - here.tile);
+    merge_pieces(shared, problem, plan, rows, part, part.parts.part_of(last_tile), thread);
+  }
 }
 
 }  // namespace jax_flash2::sm80

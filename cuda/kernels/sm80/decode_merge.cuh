@@ -83,6 +83,16 @@ JF2_DEVICE void store_results(const DecodeProblem& problem, const DecodePlan& pl
   }
 }
 
+// Four columns of a result.
+template <typename Element>
+JF2_DEVICE void store_quad(Element* out, float4 x) {
+  if constexpr (sizeof(Element) == 4) {
+    *reinterpret_cast<float4*>(out) = x;
+  } else {
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<Element>(x.x, x.y), pack2<Element>(x.z, x.w));
+  }
+}
+
 // What the block of a part leaves.
 struct Piece {
   uint64_t* flag;
@@ -201,15 +211,9 @@ JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodePro
     if (lane == 0 && c == 0) store_lse(problem, plan, rows, i, m, l);
     if (!inside) continue;
     const float inverse = inverse_of(l);
-    Element* const out =
-        static_cast<Element*>(problem.out) + rows.index(problem.shape, plan, i) * value_dim + c;
-    if constexpr (sizeof(Element) == 4) {
-      *reinterpret_cast<float4*>(out) =
-          make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
-    } else {
-      *reinterpret_cast<uint2*>(out) = make_uint2(pack2<Element>(o.x * inverse, o.y * inverse),
-                                                  pack2<Element>(o.z * inverse, o.w * inverse));
-    }
+    store_quad(
+        static_cast<Element*>(problem.out) + rows.index(problem.shape, plan, i) * value_dim + c,
+        make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
   }
 }
 

@@ -12,11 +12,17 @@ inline constexpr int kDecodeStageBytes = 32 * 1024;
 inline constexpr int kDecodeWarps = 4;  // that compute; two more load, K and V
 inline constexpr int kDecodeThreads = (kDecodeWarps + 2) * 32;
 
+// Blocks of a cluster, where a call decodes in clusters (launch/select.cc), and the keys of a
+// sequence up to which it does: with more, equal parts for all multiprocessors are faster.
+inline constexpr int kDecodeCluster = 8;
+inline constexpr int kDecodeClusterKeys = 2048;
+// Rows of a block in most calls.
+inline constexpr int kDecodeFewRows = 16;
+
 struct DecodeTile {
   int head_dim;
   int keys;       // of a tile
-  int few_rows;   // the two sizes of a block of rows: that of most calls,
-  int many_rows;  // and that of calls with more rows than that, if it is larger
+  int many_rows;  // of a block in calls of more than kDecodeFewRows rows, if larger
   // Sequences with room for so many keys, not in pages, are read faster by one block a
   // multiprocessor, as far ahead as there is room, than by two, which drift apart; shorter ones need
   // two, of which one goes on while the other turns to new rows.
@@ -25,16 +31,16 @@ struct DecodeTile {
 
 // float16 and bfloat16.
 inline constexpr DecodeTile kDecodeTiles16[] = {
-    {.head_dim = 64, .keys = 128, .few_rows = 16, .many_rows = 64},
-    {.head_dim = 128, .keys = 64, .few_rows = 16, .many_rows = 64, .alone_from = 4096},
-    {.head_dim = 256, .keys = 32, .few_rows = 16, .many_rows = 32},
+    {.head_dim = 64, .keys = 128, .many_rows = 64},
+    {.head_dim = 128, .keys = 64, .many_rows = 64, .alone_from = 4096},
+    {.head_dim = 256, .keys = 32, .many_rows = 32},
 };
 
 // float32.
 inline constexpr DecodeTile kDecodeTiles32[] = {
-    {.head_dim = 64, .keys = 64, .few_rows = 16, .many_rows = 32},
-    {.head_dim = 128, .keys = 32, .few_rows = 16, .many_rows = 32},
-    {.head_dim = 256, .keys = 16, .few_rows = 16, .many_rows = 16},
+    {.head_dim = 64, .keys = 64, .many_rows = 32},
+    {.head_dim = 128, .keys = 32, .many_rows = 32},
+    {.head_dim = 256, .keys = 16, .many_rows = 16},
 };
 
 // The row of `head_dim`; one of head dim 0 where there is none.

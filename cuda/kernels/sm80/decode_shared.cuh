@@ -6,7 +6,9 @@
 
 namespace jax_flash2::sm80 {
 
-template <typename Math_, int kHeadDim_, bool kMany>
+// kCluster: thread blocks that work on a unit together and merge through shared memory; 1: each
+// has a part of the whole work, and what is shared is merged through global memory.
+template <typename Math_, int kHeadDim_, bool kMany, int kCluster_ = 1>
 struct DecodeConfig {
   using Math = Math_;
   using Element = typename Math::Element;
@@ -14,9 +16,9 @@ struct DecodeConfig {
                                                            : find_tile(kDecodeTiles32, kHeadDim_);
   static_assert(kTile.head_dim == kHeadDim_, "decode_plan.h lacks a tile for this head dim");
   static constexpr int kHeadDim = kHeadDim_, kKeys = kTile.keys;
-  static constexpr int kRows = kMany ? kTile.many_rows : kTile.few_rows;
+  static constexpr int kRows = kMany ? kTile.many_rows : kDecodeFewRows;
   // On a multiprocessor: one loads while the other computes, unless registers are too few for two.
-  static constexpr int kBlocks = kMany ? 1 : 2;
+  static constexpr int kCluster = kCluster_, kBlocks = kMany || kCluster > 1 ? 1 : 2;
   // Warps with keys of their own in S = Q K^T, and how many; columns of O for each warp.
   static constexpr int kKeyWarps = kKeys / 16 < kDecodeWarps ? kKeys / 16 : kDecodeWarps;
   static constexpr int kWarpKeys = kKeys / kKeyWarps, kWarpCols = kHeadDim / kDecodeWarps;

@@ -28,6 +28,7 @@ struct KeyTiles {
 struct Parts {
   unsigned size, longer;
 
+  Parts() = default;
   JF2_DEVICE Parts(unsigned total, unsigned parts) : size(total / parts) {
     longer = total - size * parts;
   }
@@ -135,6 +136,22 @@ JF2_DEVICE DecodePart find_part(const DecodeProblem& problem, const DecodePlan& 
   } while (number > 1);
   part.sequence = first;
   part.offset = at - before * plan.units.d;
+  return part;
+}
+
+// In clusters, each has a unit, cut into a part for each of its blocks.
+template <int kKeys, int kCluster>
+JF2_DEVICE DecodePart find_part_of_unit(const DecodeProblem& problem, const DecodePlan& plan) {
+  DecodePart part = {};
+  const unsigned unit = blockIdx.x / kCluster;
+  part.index = blockIdx.x % kCluster;
+  part.sequence = int(plan.units.quotient(unit));
+  const unsigned count = KeyTiles<kKeys>(problem, problem.band(part.sequence)).count;
+  part.parts = Parts(count, kCluster);
+  const unsigned begin = part.parts.begin(part.index);
+  part.count = int(part.end() - begin);
+  // A tile that is there, where nothing is left.
+  part.offset = plan.units.remainder(unit) * count + min(begin, count - 1);
   return part;
 }
 
