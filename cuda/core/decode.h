@@ -49,8 +49,10 @@ struct DecodeProblem {
   float* pieces;
 
   JF2_HOST_DEVICE int rows() const { return shape.query_len * shape.group(); }
-  JF2_HOST_DEVICE Band band(int64_t b) const {
-    const int length = Band::clamp(lengths[b], 0, shape.kv_len);
+  JF2_HOST_DEVICE Band band(int64_t b) const { return band_of(lengths[b]); }
+  // Of a sequence whose `lengths` is this.
+  JF2_HOST_DEVICE Band band_of(int length) const {
+    length = Band::clamp(length, 0, shape.kv_len);
     const int offset = length - shape.query_len;
     return {window_left >= kUnbounded ? INT32_MIN : offset - window_left, offset, shape.query_len,
             length};

@@ -36,6 +36,8 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
   int stages = stages_in(std::min(block_limit, multiprocessor_bytes / blocks - 1024));
   if (stages < 2) blocks = 1, stages = stages_in(block_limit);
 
+  constexpr int kBatchBytes =
+      2 * Config::kBatch * Config::kHeadDim * int(sizeof(typename Config::Element));  // of K and V
   const int64_t rows = problem.rows(), row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t units = shape.kv_heads * row_blocks;
   const int64_t most_tiles = shape.batch * units * (int64_t{shape.kv_len} / Config::kKeys + 2);
@@ -49,8 +51,11 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
       .scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e),
       .stages = std::min(stages, Shared::kMaxStages),
       .number = number_of_launch(),
+      .ahead = 4 * kBatchBytes * blocks <= sm80::kDecodeBytesAhead ? 4 : 2,
+      .rows = problem.rows(),
       .group = Divisor(shape.group()),
       .row_blocks = Divisor(static_cast<uint32_t>(row_blocks)),
+      .parts = Divisor(1),
       .lanes = Divisor(1),
       .units = Divisor(static_cast<uint32_t>(units)),
       .page_groups = Divisor(page_size / kPageMultiple),
@@ -76,6 +81,7 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
     plan.units = Divisor(static_cast<uint32_t>(row_blocks));
   }
   launch.blocks = std::min(grid, most_tiles);
+  plan.parts = Divisor(static_cast<uint32_t>(launch.blocks / plan.lanes.d));
   return {};
 }
 

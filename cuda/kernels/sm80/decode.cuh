@@ -5,14 +5,15 @@
 // the scores and by columns of V for the output: both products read every byte of the tile once,
 // and no sums have to be exchanged at the end. Step numbers as in cuda/README.md:
 //   1  find the block's part of the work (decode_work.cuh)
-//   2  the warps that load: tile after tile, as far ahead as there is room
+//   2  the warps that load: tile after tile, ahead of the others
 //   The others, for every tile:
 //   3  where a unit begins: its rows of Q to shared memory
 //   4  wait for K
 //   5  S = Q K^T, each warp its own keys; hidden elements become -inf; the warps exchange maxima
 //   6  P = 2^(scale S - m) to shared memory; O and l brought to the new m if it moved by much
-//   7  wait for V; O += P V, each warp its own columns
-//   8  where a unit ends, or the part: the result, or a piece of it (decode_merge.cuh)
+//   7  where a unit or the part ends: the sums of P, from each warp to all; wait for V; O += P V,
+//      each warp its own columns
+//   8  where a unit or the part ends: the result, or a piece of it (decode_merge.cuh)
 //   9  where others have the rest of the last unit: their pieces and this block's, put together;
 //      in a cluster, by all its blocks (kernels/sm80/decode_cluster.cuh)
 #pragma once
@@ -78,8 +79,10 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   const Shared shared = {ptx::shared_address(dynamic_shared)};
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  static_assert(Shared::kMaxStages == kDecodeThreads / 32, "each warp makes a stage's barriers");
-  if (lane == 0) shared.init_barriers(warp);
+  if (lane == 0 && warp < kDecodeWarps) {
+#pragma unroll 1
+    for (int stage = warp; stage < plan.stages; stage += kDecodeWarps) shared.init_barriers(stage);
+  }
 
   // 1
   DecodePart part;
@@ -89,13 +92,18 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     part = find_part<kKeys>(problem, plan, lane);
     if (part.count == 0) return;
   }
-  __syncthreads();  // the barriers are there
 
   // 2
-  if (warp >= kDecodeWarps) {
-    run_loader(shared, problem, plan, part, warp - kDecodeWarps, lane);
+  if (warp >= kDecodeWarps && (kCluster == 1 || part.count > 0)) {
+    if (problem.pages.table == nullptr) {
+      run_loader<Config, false>(shared, problem, plan, part, warp - kDecodeWarps, lane);
+    } else {
+      run_loader<Config, true>(shared, problem, plan, part, warp - kDecodeWarps, lane);
+    }
     return;
   }
+  __syncthreads();  // the barriers are there
+  if (warp >= kDecodeWarps) return;
   const auto meet = [] { ptx::barrier_sync(1, kDecodeWarps * 32); };  // the warps that compute
   const bool has_keys = warp < Config::kKeyWarps;
   const int col = warp * kWarpCols;
@@ -108,8 +116,8 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     o.zero();
     state.clear();
   }
-  DecodeCursor<kKeys> here(problem, part.sequence, part.offset);
-  DecodeRows rows(problem, plan, part, here.sequence, here.unit, kRows);
+  DecodeCursor<kKeys> here(problem, part.sequence, part.length, part.offset);
+  DecodeRows rows(plan, part, here.sequence, here.unit, kRows);
   bool begins = false;  // this block has the beginning of the unit
   bool turns = true;    // to rows that it has not seen yet
   StageRing ring;
@@ -117,7 +125,7 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   for (int left = part.count; kCluster == 1 || left > 0; ring.advance(plan.stages)) {
     if (turns) {
       // 3: no warp reads the last Q any more, since all have met after it.
-      rows = DecodeRows(problem, plan, part, here.sequence, here.unit, kRows);
+      rows = DecodeRows(plan, part, here.sequence, here.unit, kRows);
       begins = here.tile == 0;
       load_rows(shared, problem, plan, rows, thread);
       o.zero();
@@ -182,15 +190,9 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
     }
     meet();  // P is there, and nobody reads the maxima any more
 
-    // 7
-    ptx::mbarrier_wait(shared.full(stage, 1), ring.parity);
-    gemm<kKeys>(o, p, OperandB<Math, KvTile, Major::kOuterMajor>(shared.v(stage), 0, col, lane));
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage, 1));
-
-    // 8
-    const bool ends = here.ends_unit();
-    if (ends || left == 1) {
+    // 7: the sums of P first, while V may still be under way.
+    const bool ends = here.ends_unit(), is_last = ends || left == 1;  // of these rows
+    if (is_last) {
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
         const float l = quad_sum(state.l[r]);
@@ -202,13 +204,20 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
         const float4 x = shared.take(r * 8 + (lane >> 2));
         state.l[r] = (x.x + x.y) + (x.z + x.w);
       }
+    }
+    ptx::mbarrier_wait(shared.full(stage, 1), ring.parity);
+    gemm<kKeys>(o, p, OperandB<Math, KvTile, Major::kOuterMajor>(shared.v(stage), 0, col, lane));
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage, 1));
+
+    // 8
+    if (is_last) {
       if constexpr (kCluster > 1) {
         // All of it is merged in the end.
       } else if (begins && ends) {
         store_results<Element>(problem, plan, rows, o, state, col, thread);
       } else if (!begins) {
-        leave_piece(problem, part.piece(plan, part.index), o, state, rows.count, col, plan.number,
-                    thread);
+        leave_piece(problem, plan, part.piece(plan, part.index), o, state, rows.count, col, thread);
       }
     }
     if (--left == 0) break;

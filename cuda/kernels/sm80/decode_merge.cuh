@@ -99,12 +99,12 @@ struct Piece {
   float4* states;  // [rows]: m, l and two that are not used
   float* out;      // [rows, Hv]
 
-  JF2_DEVICE static int64_t floats(const DecodeProblem& problem) {
-    return decode_piece_floats(min(problem.rows(), kDecodeRows), problem.shape.value_dim);
+  JF2_DEVICE static int64_t floats(const DecodeProblem& problem, const DecodePlan& plan) {
+    return decode_piece_floats(min(plan.rows, kDecodeRows), problem.shape.value_dim);
   }
-  JF2_DEVICE Piece(const DecodeProblem& problem, unsigned part) {
-    const int rows = min(problem.rows(), kDecodeRows);
-    float* const piece = problem.pieces + part * floats(problem);
+  JF2_DEVICE Piece(const DecodeProblem& problem, const DecodePlan& plan, unsigned part) {
+    const int rows = min(plan.rows, kDecodeRows);
+    float* const piece = problem.pieces + part * floats(problem, plan);
     flag = reinterpret_cast<uint64_t*>(piece);
     states = reinterpret_cast<float4*>(piece + 4);
     out = piece + 4 + 4 * rows;
@@ -112,10 +112,10 @@ struct Piece {
 };
 
 template <int kRows, int kCols>
-JF2_DEVICE void leave_piece(const DecodeProblem& problem, unsigned part,
+JF2_DEVICE void leave_piece(const DecodeProblem& problem, const DecodePlan& plan, unsigned part,
                             Accumulators<kRows, kCols>& o, const RowStates<kRows>& state, int rows,
-                            int col, uint64_t number, int thread) {
-  const Piece piece(problem, part);
+                            int col, int thread) {
+  const Piece piece(problem, plan, part);
   const int lane = thread % 32, value_dim = problem.shape.value_dim;
 #pragma unroll
   for (int r = 0; r < RowStates<kRows>::kCount; ++r) {
@@ -132,7 +132,7 @@ JF2_DEVICE void leave_piece(const DecodeProblem& problem, unsigned part,
       *reinterpret_cast<float2*>(piece.states + i) = make_float2(state.m[r], state.l[r]);
   }
   ptx::barrier_sync(1, kDecodeWarps * 32);  // every thread's stores come before the flag
-  if (thread == 0) ptx::st_release(piece.flag, number);
+  if (thread == 0) ptx::st_release(piece.flag, plan.number);
 }
 
 JF2_DEVICE float warp_max(float x) {
@@ -157,7 +157,7 @@ JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodePro
   using Element = typename Config::Element;
   constexpr int kThreads = kDecodeWarps * 32, kAtOnce = 16;
   for (unsigned part = own.index + 1 + thread; part <= last; part += kThreads) {
-    uint64_t* const flag = Piece(problem, own.piece(plan, part)).flag;
+    uint64_t* const flag = Piece(problem, plan, own.piece(plan, part)).flag;
     while (ptx::ld_acquire(flag) != plan.number) {
     }
     *flag = 0;
@@ -175,8 +175,8 @@ JF2_DEVICE void merge_pieces(const DecodeShared<Config>& shared, const DecodePro
     float4 o = ptx::lds_f32x4(shared.o().address(i, col));
     for (unsigned first = own.index + 1; first <= last; first += 32) {
       const int count = min(32, int(last + 1 - first));
-      const Piece piece(problem, own.piece(plan, first));
-      const int64_t step = Piece::floats(problem) * plan.lanes.d;  // to the next part's
+      const Piece piece(problem, plan, own.piece(plan, first));
+      const int64_t step = Piece::floats(problem, plan) * plan.lanes.d;  // to the next part's
       const float* state_at = reinterpret_cast<const float*>(piece.states + i);
       const float2 s =
           __ldcg(reinterpret_cast<const float2*>(state_at + min(lane, count - 1) * step));

@@ -6,9 +6,11 @@
 
 namespace jax_flash2::sm80 {
 
-// A tile of keys, K and V together, is 32 KB: few enough barriers for the bytes, and three of them
-// in flight keep a multiprocessor's share of the memory busy.
+// A tile of keys, K and V together, is 32 KB: few enough barriers for the bytes.
 inline constexpr int kDecodeStageBytes = 32 * 1024;
+// Bytes that a multiprocessor has asked for and not got yet, at most. Fewer do not keep memory busy;
+// with more of them memory is slower, even where it has nothing else to do.
+inline constexpr int kDecodeBytesAhead = 64 * 1024;
 inline constexpr int kDecodeWarps = 4;  // that compute; two more load, K and V
 inline constexpr int kDecodeThreads = (kDecodeWarps + 2) * 32;
 
@@ -55,8 +57,11 @@ struct DecodePlan {
   float scale_log2;     // scale * log2(e)
   int stages;           // tiles in shared memory, 2 to 6
   uint64_t number;      // random: by which this launch knows its own pieces (decode_merge.cuh)
+  int ahead;            // batches of keys under way to a loader at most, 2 or 4
+  int rows;             // of a key/value head: N / K * T
   Divisor group;        // N / K
   Divisor row_blocks;   // of a key/value head
+  Divisor parts;        // of a lane, where there are as many tiles
   Divisor lanes;        // heads that are worked on side by side: K, or 1
   Divisor units;        // of a sequence and lane: heads times blocks of rows
   Divisor page_groups;  // page size / kPageMultiple; 1 without pages

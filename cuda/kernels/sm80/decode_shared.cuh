@@ -16,6 +16,8 @@ struct DecodeConfig {
                                                            : find_tile(kDecodeTiles32, kHeadDim_);
   static_assert(kTile.head_dim == kHeadDim_, "decode_plan.h lacks a tile for this head dim");
   static constexpr int kHeadDim = kHeadDim_, kKeys = kTile.keys;
+  // Keys that a loader asks for at once: half a tile, if that is a whole number of pages' groups.
+  static constexpr int kBatch = kKeys / 2 > kPageMultiple ? kKeys / 2 : kPageMultiple;
   static constexpr int kRows = kMany ? kTile.many_rows : kDecodeFewRows;
   // On a multiprocessor: one loads while the other computes, unless registers are too few for two.
   static constexpr int kCluster = kCluster_, kBlocks = kMany || kCluster > 1 ? 1 : 2;
@@ -85,8 +87,8 @@ struct DecodeShared {
   JF2_DEVICE void init_barriers(int stage) const {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      // Each lane of the warp that loads, twice: what it has copied, what it has stored.
-      ptx::mbarrier_init(full(stage, side), 64);
+      // What each lane of the warp that loads has copied, and what the first has stored.
+      ptx::mbarrier_init(full(stage, side), 33);
       ptx::mbarrier_init(empty(stage, side), side == 0 ? Config::kKeyWarps : kDecodeWarps);
     }
   }

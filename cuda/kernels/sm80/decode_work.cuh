@@ -32,6 +32,11 @@ struct Parts {
   JF2_DEVICE Parts(unsigned total, unsigned parts) : size(total / parts) {
     longer = total - size * parts;
   }
+  // In `most`, or in as many as there are tiles.
+  JF2_DEVICE Parts(unsigned total, const Divisor& most)
+      : size(total < most.d ? 1 : most.quotient(total)) {
+    longer = total < most.d ? 0 : total - size * most.d;
+  }
   JF2_DEVICE unsigned begin(unsigned part) const { return part * size + min(part, longer); }
   JF2_DEVICE unsigned part_of(unsigned tile) const {
     const unsigned in_longer = longer * (size + 1);
@@ -57,10 +62,10 @@ struct DecodeCursor {
   int unit;  // of the sequence
   int tile;  // of the unit
 
-  // `at` counts the sequence's tiles.
-  JF2_DEVICE DecodeCursor(const DecodeProblem& problem, int sequence, unsigned at)
-      : sequence(sequence), band(problem.band(sequence)), tiles(problem, band) {
-    unit = int(at / unsigned(tiles.count));
+  // `at` counts the tiles of the sequence, whose length is known.
+  JF2_DEVICE DecodeCursor(const DecodeProblem& problem, int sequence, int length, unsigned at)
+      : sequence(sequence), band(problem.band_of(length)), tiles(problem, band) {
+    unit = at < unsigned(tiles.count) ? 0 : int(at / unsigned(tiles.count));
     tile = int(at) - unit * tiles.count;
   }
 
@@ -75,7 +80,7 @@ struct DecodeCursor {
       ++unit;
       tile = 0;
     } else {
-      *this = DecodeCursor(problem, sequence + 1, 0);
+      *this = DecodeCursor(problem, sequence + 1, problem.lengths[sequence + 1], 0);
     }
   }
 };
@@ -87,6 +92,7 @@ struct DecodePart {
   int lane;         // the first key/value head
   int count;        // tiles; 0: nothing is left for this block
   int sequence;     // of its first tile
+  int length;       // of this sequence
   unsigned offset;  // of its first tile among the sequence's
 
   // The tile after its last in the order of all tiles.
@@ -104,7 +110,8 @@ struct DecodePart {
 // take the run that holds the part's first tile, and divide that run again.
 template <int kKeys>
 JF2_DEVICE DecodePart find_part(const DecodeProblem& problem, const DecodePlan& plan, int lane) {
-  DecodePart part = {{1, 1}, 0, 0, 0, 0, 0};
+  DecodePart part = {};
+  int length = 0;  // of the lane's last sequence, in the end its only one
   int first = 0, number = int(problem.shape.batch);
   unsigned before = 0;  // tiles of a unit, over the sequences before `first`
   unsigned at = 0;      // the part's first tile in the order of all tiles
@@ -113,24 +120,28 @@ JF2_DEVICE DecodePart find_part(const DecodeProblem& problem, const DecodePlan& 
     const int begin = min(first + lane * run, limit), end = min(begin + run, limit);
     int tiles = 0;
 #pragma unroll 1
-    for (int b = begin; b < end; ++b) tiles += KeyTiles<kKeys>(problem, problem.band(b)).count;
+    for (int b = begin; b < end; ++b) {
+      length = problem.lengths[b];
+      tiles += KeyTiles<kKeys>(problem, problem.band_of(length)).count;
+    }
     const int sum = warp_inclusive_sum(tiles, lane);
     if (part.count == 0) {  // the first time: these are all sequences
       const unsigned total = unsigned(__shfl_sync(~0u, sum, 31)) * plan.units.d;
-      const unsigned active = min(total, plan.lanes.quotient(gridDim.x));
+      const unsigned active = min(total, plan.parts.d);
       if (blockIdx.x >= active * plan.lanes.d) return part;
       // The last part first: a block waits for later parts alone (decode_merge.cuh), which then
       // have lower indices and started before it.
       const unsigned index = active * plan.lanes.d - 1 - blockIdx.x;
       part.index = plan.lanes.quotient(index);
       part.lane = int(index - part.index * plan.lanes.d);
-      part.parts = Parts(total, active);
+      part.parts = Parts(total, plan.parts);
       at = part.parts.begin(part.index);
       part.count = int(part.end() - at);
     }
     const unsigned reached = __ballot_sync(~0u, before + unsigned(sum) > plan.units.quotient(at));
     const int lane_of_run = __ffs(int(reached)) - 1;
     before += unsigned(__shfl_sync(~0u, sum - tiles, lane_of_run));
+    part.length = __shfl_sync(~0u, length, lane_of_run);
     first += lane_of_run * run;
     number = min(run, limit - first);
   } while (number > 1);
@@ -146,7 +157,8 @@ JF2_DEVICE DecodePart find_part_of_unit(const DecodeProblem& problem, const Deco
   const unsigned unit = blockIdx.x / kCluster;
   part.index = blockIdx.x % kCluster;
   part.sequence = int(plan.units.quotient(unit));
-  const unsigned count = KeyTiles<kKeys>(problem, problem.band(part.sequence)).count;
+  part.length = problem.lengths[part.sequence];
+  const unsigned count = KeyTiles<kKeys>(problem, problem.band_of(part.length)).count;
   part.parts = Parts(count, kCluster);
   const unsigned begin = part.parts.begin(part.index);
   part.count = int(part.end() - begin);
@@ -161,11 +173,11 @@ struct DecodeRows {
   int first, count, kv_head;
   int sequence;
 
-  JF2_DEVICE DecodeRows(const DecodeProblem& problem, const DecodePlan& plan,
-                        const DecodePart& part, int sequence, int unit, int block_rows)
+  JF2_DEVICE DecodeRows(const DecodePlan& plan, const DecodePart& part, int sequence, int unit,
+                        int block_rows)
       : kv_head(part.kv_head(plan, unit)), sequence(sequence) {
     first = int(plan.row_blocks.remainder(unit)) * block_rows;
-    count = min(problem.rows() - first, block_rows);
+    count = min(plan.rows - first, block_rows);
   }
   JF2_DEVICE int token(const DecodePlan& plan, int i) const {
     return int(plan.group.quotient(first + i));
