@@ -136,15 +136,27 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= int(sizeof(jax_flash2::sm90::shared)) ? cudaSuccess : cudaErrorInvalidValue;
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 // The launch is over when this returns.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  if (config->numAttrs > 0) emulated::fail("clusters are not emulated");
   gridDim = config->gridDim;
   emulated::run_grid(config->gridDim.x, int(config->blockDim.x), int(config->dynamicSmemBytes),
                      [&] { kernel(arguments...); });
