@@ -17,7 +17,6 @@ template <typename Config>
 Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::DecodePlan& plan,
                    LaunchConfig& launch) {
   using Shared = sm80::DecodeShared<Config>;
-  constexpr bool kClusters = Config::kCluster > 1;
   const Shape& shape = problem.shape;
   int multiprocessors = 0, block_limit = 0, multiprocessor_bytes = 0;
   if (Status s = multiprocessor_count(multiprocessors); !s.ok()) return s;
@@ -28,13 +27,11 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
   const auto stages_in = [](int bytes) {
     return (bytes - Shared::bytes(0)) / sm80::kDecodeStageBytes;
   };
-  const int64_t most_keys =
-      std::min(int64_t{shape.kv_len}, int64_t{problem.window_left} + shape.query_len);
-  const bool alone =
-      kClusters || (problem.pages.table == nullptr && most_keys >= Config::kTile.alone_from);
-  int blocks = alone ? 1 : Config::kBlocks;
-  int stages = stages_in(std::min(block_limit, multiprocessor_bytes / blocks - 1024));
-  if (stages < 2) blocks = 1, stages = stages_in(block_limit);
+  int blocks = Config::kBlocks;
+  if (stages_in(multiprocessor_bytes / blocks - 1024) < 2) blocks = 1;
+  const int stages =
+      std::min(stages_in(std::min(block_limit, multiprocessor_bytes / blocks - 1024)),
+               sm80::kDecodeStages / blocks);
 
   constexpr int kBatchBytes =
       2 * Config::kBatch * Config::kHeadDim * int(sizeof(typename Config::Element));  // of K and V
@@ -49,7 +46,7 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
   const int page_size = problem.pages.table != nullptr ? problem.pages.size : kPageMultiple;
   plan = {
       .scale_log2 = static_cast<float>(problem.scale * std::numbers::log2e),
-      .stages = std::min(stages, Shared::kMaxStages),
+      .stages = stages,
       .number = number_of_launch(),
       .ahead = 4 * kBatchBytes * blocks <= sm80::kDecodeBytesAhead ? 4 : 2,
       .rows = problem.rows(),
@@ -67,7 +64,7 @@ Status plan_decode(const DecodeProblem& problem, cudaStream_t stream, sm80::Deco
       .stream = stream,
       .cluster = Config::kCluster,
   };
-  if (kClusters) return {};
+  if (Config::kCluster > 1) return {};
 
   // An H200's 132 multiprocessors hang on eight ports to memory, 16 or 18 on each: with as many
   // blocks on every port, all finish together. Elsewhere it would leave out too many.

@@ -79,10 +79,9 @@ __global__ void __launch_bounds__(kDecodeThreads, resident_blocks<Config>())
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   const Shared shared = {ptx::shared_address(dynamic_shared)};
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  if (lane == 0 && warp < kDecodeWarps) {
-#pragma unroll 1
-    for (int stage = warp; stage < plan.stages; stage += kDecodeWarps) shared.init_barriers(stage);
-  }
+  static_assert(kDecodeStages <= kDecodeWarps,
+                "the warps that compute make a stage's barriers each");
+  if (lane == 0 && warp < kDecodeStages) shared.init_barriers(warp);
 
   // 1
   DecodePart part;

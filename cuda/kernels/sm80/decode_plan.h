@@ -8,6 +8,8 @@ namespace jax_flash2::sm80 {
 
 // A tile of keys, K and V together, is 32 KB: few enough barriers for the bytes.
 inline constexpr int kDecodeStageBytes = 32 * 1024;
+// Of a multiprocessor, at most. More of them make reads slower, too.
+inline constexpr int kDecodeStages = 4;
 // Bytes that a multiprocessor has asked for and not got yet, at most. Fewer do not keep memory busy;
 // with more of them memory is slower, even where it has nothing else to do.
 inline constexpr int kDecodeBytesAhead = 64 * 1024;
@@ -25,16 +27,12 @@ struct DecodeTile {
   int head_dim;
   int keys;       // of a tile
   int many_rows;  // of a block in calls of more than kDecodeFewRows rows, if larger
-  // Sequences with room for so many keys, not in pages, are read faster by one block a
-  // multiprocessor, as far ahead as there is room, than by two, which drift apart; shorter ones need
-  // two, of which one goes on while the other turns to new rows.
-  int alone_from = INT32_MAX;
 };
 
 // float16 and bfloat16.
 inline constexpr DecodeTile kDecodeTiles16[] = {
     {.head_dim = 64, .keys = 128, .many_rows = 64},
-    {.head_dim = 128, .keys = 64, .many_rows = 64, .alone_from = 4096},
+    {.head_dim = 128, .keys = 64, .many_rows = 64},
     {.head_dim = 256, .keys = 32, .many_rows = 32},
 };
 
@@ -55,7 +53,7 @@ constexpr DecodeTile find_tile(const DecodeTile (&tiles)[kCount], int head_dim) 
 
 struct DecodePlan {
   float scale_log2;     // scale * log2(e)
-  int stages;           // tiles in shared memory, 2 to 6
+  int stages;           // tiles in shared memory, 2 to kDecodeStages
   uint64_t number;      // random: by which this launch knows its own pieces (decode_merge.cuh)
   int ahead;            // batches of keys under way to a loader at most, 2 or 4
   int rows;             // of a key/value head: N / K * T

@@ -33,7 +33,7 @@ template <typename Config>
 struct DecodeShared {
   using Element = typename Config::Element;
   static constexpr int kRows = Config::kRows, kKeys = Config::kKeys;
-  static constexpr int kMaxStages = 6, kGroups = kKeys / kPageMultiple;
+  static constexpr int kGroups = kKeys / kPageMultiple;
   static constexpr int kPCols = sizeof(Element) == 4 && kKeys < 32 ? 32 : kKeys;  // 128 bytes a row
   using QTile = SmemTile<Element, kRows, Config::kHeadDim>;
   using PTile = SmemTile<Element, kRows, kPCols>;
@@ -43,8 +43,8 @@ struct DecodeShared {
   static constexpr int kP = QTile::kBytes;
   static constexpr int kExchange = kP + PTile::kBytes;
   static constexpr int kMissing = kExchange + kRows * kDecodeWarps * 4;
-  static constexpr int kBarriers = kMissing + kMaxStages * kGroups * 4;
-  static constexpr int kStages = int(round_up(kBarriers + kMaxStages * 32, 1024));
+  static constexpr int kBarriers = kMissing + kDecodeStages * kGroups * 4;
+  static constexpr int kStages = int(round_up(kBarriers + kDecodeStages * 32, 1024));
   static constexpr int bytes(int stages) { return kStages + stages * kDecodeStageBytes; }
   static_assert(bytes(2) <= 99 * 1024, "sm_86 and sm_89 give a block 99 KB");
   static_assert(kBarriers % 8 == 0, "barriers are words of 8 bytes");
