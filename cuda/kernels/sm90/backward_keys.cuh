@@ -43,7 +43,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       if (cut) c.hide(block, now.row);
       c.pack(c.packed_p);
     };
-    // A tile of dS for dQ to read, where that has no kernel of its own.
+    // Waits for a buffer for dS, which dQ reads unless it has a kernel of its own; hands it on.
     auto await_ds = [&]() __attribute__((always_inline)) {
       if constexpr (kHasDq) ptx::mbarrier_wait(smem.ds_empty(ds.slot()), ds.parity() ^ 1);
     };

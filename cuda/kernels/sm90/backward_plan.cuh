@@ -53,9 +53,9 @@ struct BackwardParams {
 struct alignas(16) KeyBlock {
   int batch, kv_head, split, key_block;
   int first_head, heads;  // query heads
-  int first_row,
-      steps;    // of the first query tile that sees a key; tiles of all heads, 0 if none does
-  Range whole;  // rows of tiles that the band does not cut
+  int first_row;          // of the first query tile that sees a key
+  int steps;              // query tiles that see a key, of all heads; 0: nobody sees the block
+  Range whole;            // rows of the tiles that the band does not cut
   alignas(16) Band band;
   Range keys;  // of the block, those that some query sees
   Range rows;  // of the sequence, those that see some key
