@@ -60,7 +60,7 @@ struct BackwardLoader {
   JF2_DEVICE void tell_end() const {
     if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
   }
-  // Unrolled, unlike load_rows: a loop here costs the kernel its uniform registers.
+  // load_rows, unrolled.
   static JF2_DEVICE void load(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
                               uint32_t full, int head, int row, int batch) {
     for (int panel = 0; panel < panels; ++panel)

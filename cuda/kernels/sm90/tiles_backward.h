@@ -14,12 +14,12 @@ enum class Share {
 struct BackwardTiles {
   int head_dim;  // of query, key and value; smaller ones round up
   Share share;
-  int block_q;             // queries a step
-  int stages;              // Q and dO tiles in flight, each
-  int dq_cols;             // columns of dQ that are multiplied at once
-  int loader_registers;    // a thread, after setmaxnreg
-  int dq_registers;        // a thread
-  int consumer_registers;  // a thread
+  int block_q;           // queries a step
+  int stages;            // Q and dO tiles in flight, each
+  int dq_cols;           // columns of dQ that are multiplied at once
+  int loader_registers;  // a thread of each role, after setmaxnreg
+  int dq_registers;      // 0 where dQ is not fused
+  int consumer_registers;
 
   JF2_HOST_DEVICE constexpr int block_k() const { return share == Share::kKeys ? 128 : 64; }
   // With 64 keys a block there would be twice as many additions to dQ. They take longer than the two
