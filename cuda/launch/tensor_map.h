@@ -10,13 +10,13 @@
 namespace jax_flash2::gpu {
 
 // A dense [batch, rows, heads, cols] array of 16-bit elements, seen as boxes of `box_rows` rows x
-// 64 columns of one head in the 128-byte swizzle. Reads past an end give zeros, writes are dropped.
+// `box_heads` heads x 64 columns in the 128-byte swizzle. Reads past an end give zeros, writes are dropped.
 struct TensorMapSpec {
   const void* data;
   DType dtype;
   int64_t batch;
   int rows, heads, cols;
-  int box_rows;
+  int box_rows, box_heads = 1;
 };
 
 // cuTensorMapEncodeTiled through the runtime: no link to libcuda, so that the module also loads
@@ -37,7 +37,8 @@ inline Status encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map) {
   const cuuint64_t cols = spec.cols, heads = spec.heads, rows = spec.rows;
   const cuuint64_t sizes[4] = {cols, heads, rows, static_cast<cuuint64_t>(spec.batch)};
   const cuuint64_t strides[3] = {cols * 2, heads * cols * 2, rows * heads * cols * 2};
-  const cuuint32_t box[4] = {64, 1, static_cast<cuuint32_t>(spec.box_rows), 1};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(spec.box_heads),
+                             static_cast<cuuint32_t>(spec.box_rows), 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUresult result =
       encode(&map,

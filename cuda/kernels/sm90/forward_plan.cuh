@@ -14,11 +14,20 @@ struct ForwardParams {
   Shape shape;
   BandSpec band;
   float scale_log2;  // scale * log2(e)
-  TileOrder order;
-  int blocks;      // of the grid; the first tile of each is its own number
-  float* lse;      // [B, N, T]
-  void* out;       // [B, T, N, Hv]
-  int* next_tile;  // the queue: tiles handed out beyond those, 0 at launch
+  int pack_log2;     // a tile's rows are 2^pack_log2 heads of a group at each of its tokens
+  int packs;         // of a sequence: N / 2^pack_log2
+  TileOrder order;   // of packs
+  int blocks;        // of the grid; the first tile of each is its own number
+  float* lse;        // [B, N, T]
+  void* out;         // [B, T, N, Hv]
+  int* next_tile;    // the queue: tiles handed out beyond those, 0 at launch
+
+  // Row r of a pack of heads. Row r + 8 is of the same head.
+  // Opaque: read again, not kept in one of the scheduler's few registers.
+  JF2_DEVICE int token(int r) const { return r >> ptx::opaque(pack_log2); }
+  JF2_DEVICE int head_in_pack(int r) const { return r & ((1 << pack_log2) - 1); }
+  JF2_DEVICE int eighth_token() const { return 8 >> pack_log2; }
+  JF2_DEVICE int rows() const { return shape.query_len << pack_log2; }
 };
 
 // What a warpgroup visits of a tile: key blocks, counted from the tile's first.
@@ -32,7 +41,7 @@ struct alignas(16) Visit {
 // fields they need when they need them, and keep few in registers.
 struct alignas(16) ForwardTile {
   int index;                      // in the queue
-  int batch, head, kv_head, row;  // row: the first
+  int batch, head, kv_head, row;  // head, row: the first
   Band band;
   Range visible;          // keys that some query of the sequence sees; no end where the buffer ends
   int first_key, blocks;  // key blocks that some row of the tile sees
@@ -48,14 +57,14 @@ template <ForwardTiles kTiles>
 JF2_DEVICE void fill_tile(ForwardTile& tile, const ForwardParams& p, int i, bool looks) {
   constexpr int kBlockK = kTiles.block_k;
   const TileOrder::Tile t = p.order.at(i);
-  const int batch = t.head / p.shape.query_heads, row = t.query_tile * kTiles.block_q();
+  const int batch = t.head / p.packs, row = t.query_tile * kTiles.block_q();
   const Band band = p.band.at(batch, p.shape.query_len, p.shape.kv_len);
-  const Range keys = band.keys_of({row, row + kTiles.block_q()});
+  const Range keys = band.keys_of({p.token(row), p.token(row + kTiles.block_q())});
   const int first_key = keys.begin / kBlockK * kBlockK;
   const int blocks = keys.empty() ? 0 : (keys.end - first_key + kBlockK - 1) / kBlockK;
   tile.index = i;
   tile.batch = batch;
-  tile.head = t.head - batch * p.shape.query_heads;
+  tile.head = (t.head - batch * p.packs) << p.pack_log2;
   tile.kv_head = tile.head / p.shape.group();
   tile.row = row;
   tile.band = band;
@@ -67,7 +76,8 @@ JF2_DEVICE void fill_tile(ForwardTile& tile, const ForwardParams& p, int i, bool
   tile.fails = false;
 #pragma unroll 1
   for (int w = 0; w < kTiles.consumers; ++w) {
-    const int begin = row + w * 64, end = min(begin + 64, band.query_length);
+    const int first = ptx::opaque(tile.row) + w * 64;
+    const int begin = p.token(first), end = min(p.token(first + 64), band.query_length);
     const Range own = band.keys_of({begin, end});
     // A warpgroup that sees nothing goes along, and hides all of it.
     tile.visits[w] = own.empty() ? Visit{blocks, blocks, 0}

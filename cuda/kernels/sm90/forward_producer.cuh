@@ -10,17 +10,18 @@ namespace jax_flash2::sm90 {
 template <ForwardTiles kTiles>
 JF2_DEVICE void write_hidden_tile(const ForwardParams& p, const ForwardTile& tile, int lane) {
   const Shape& s = p.shape;
-  const int rows = min(kTiles.block_q(), s.query_len - tile.row);
-#pragma unroll 1
-  for (int r = lane; r < rows; r += 32)
-    p.lse[(int64_t(tile.batch) * s.query_heads + tile.head) * s.query_len + tile.row + r] =
-        -INFINITY;
   const int chunks = s.value_dim / 8;  // of 16 bytes
-  uint4* out = static_cast<uint4*>(p.out);
+  // A row a lane: the scheduler has few registers.
 #pragma unroll 1
-  for (int i = lane; i < rows * chunks; i += 32) {
-    const int64_t row = int64_t(tile.batch) * s.query_len + tile.row + i / chunks;
-    out[(row * s.query_heads + tile.head) * chunks + i % chunks] = make_uint4(0, 0, 0, 0);
+  for (int r = lane; r < kTiles.block_q(); r += 32) {
+    const int row = tile.row + r;
+    if (row >= p.rows()) break;
+    const int head = tile.head + p.head_in_pack(row), token = p.token(row);
+    p.lse[(int64_t(tile.batch) * s.query_heads + head) * s.query_len + token] = -INFINITY;
+    uint4* out = static_cast<uint4*>(p.out) +
+                 ((int64_t(tile.batch) * s.query_len + token) * s.query_heads + head) * chunks;
+#pragma unroll 1
+    for (int i = chunks; i > 0; --i) *out++ = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -56,7 +57,7 @@ JF2_DEVICE void schedule(const ForwardParams& p, ForwardSmem<kTiles> smem, const
     if (lane == 0) {
       const int slot = QRing::slot(count);
       ptx::mbarrier_arrive_expect_tx(smem.q_full(slot), Q::kBytes);
-      load_rows(smem.q(slot), q_map, smem.q_full(slot), tile.head, tile.row, tile.batch);
+      load_rows(smem.q(slot), q_map, smem.q_full(slot), tile.head, p.token(tile.row), tile.batch);
     }
     ++count;
   };

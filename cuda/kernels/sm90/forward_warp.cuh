@@ -69,8 +69,8 @@ struct Consumer {
   JF2_DEVICE void mask(const ForwardTile& tile, int key) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = min(tile.row + row_in_tile() + half * 8, tile.band.query_length - 1);
-      const Range seen = seen_by(tile.band, row, key, lane);
+      const int token = p.token(tile.row + row_in_tile() + half * 8);
+      const Range seen = seen_by(tile.band, min(token, tile.band.query_length - 1), key, lane);
       const auto at = [&](int j, int e) -> float& { return s[j * 4 + half * 2 + e]; };
       if (seen.end < kTiles.block_k)
         hide_in_row<kTiles.block_k>({INT32_MIN, seen.end}, -INFINITY, at);
@@ -140,7 +140,8 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(l[half]);
-      const bool sees = tile.row + row_in_tile() + half * 8 < tile.band.query_length && sum != 0.f;
+      const int token = p.token(tile.row + row_in_tile() + half * 8);
+      const bool sees = token < tile.band.query_length && sum != 0.f;
       rows.lse[half] = sees ? log_sum_exp(m[half], sum) : -INFINITY;
       rows.inverse[half] = sees ? ptx::rcp(sum) : 0.f;
     }
@@ -163,12 +164,12 @@ struct Consumer {
       store_from_registers(tile, rows.inverse);
     }
     const Shape& shape = p.shape;
-    const int row = tile.row + row_in_tile();
-    float* const lse =
-        p.lse + (int64_t(tile.batch) * shape.query_heads + tile.head) * shape.query_len + row;
+    const int row = tile.row + row_in_tile(), token = p.token(row), step = p.eighth_token();
+    const int64_t head = int64_t(tile.batch) * shape.query_heads + tile.head + p.head_in_pack(row);
+    float* const lse = p.lse + head * shape.query_len + token;
     if ((lane & 3) == 0) {
-      if (row < shape.query_len) lse[0] = rows.lse[0];
-      if (row + 8 < shape.query_len) lse[8] = rows.lse[1];
+      if (token < shape.query_len) lse[0] = rows.lse[0];
+      if (token + step < shape.query_len) lse[step] = rows.lse[1];
     }
   }
 
@@ -196,21 +197,22 @@ struct Consumer {
     __syncwarp();
     if (lane == 0) {
       for (int panel = 0; panel < Smem::Q::kPanels; ++panel) {
-        if (panel * kPanelCols < p.shape.value_dim && tile.row + row < p.shape.query_len)
+        if (panel * kPanelCols < p.shape.value_dim && tile.row + row < p.rows())
           ptx::tma_store_4d(out_map, staging.address(row, panel * kPanelCols), panel * kPanelCols,
-                            tile.head, tile.row + row, tile.batch);
+                            tile.head, p.token(tile.row + row), tile.batch);
       }
       ptx::bulk_commit();
     }
   }
   JF2_DEVICE void store_from_registers(const ForwardTile& tile, const float (&inverse)[2]) {
     const Shape& shape = p.shape;
-    const int row = tile.row + row_in_tile();
-    const int64_t stride = int64_t(shape.query_heads) * shape.value_dim;
-    Element* const out = static_cast<Element*>(p.out) +
-                         (int64_t(tile.batch) * shape.query_len + row) * stride +
-                         int64_t(tile.head) * shape.value_dim;
-    store_rows<kO / 4>(out, stride, shape.query_len - row, shape.value_dim, lane,
+    const int row = tile.row + row_in_tile(), width = shape.query_heads * shape.value_dim;
+    Element* const out =
+        static_cast<Element*>(p.out) +
+        (int64_t(tile.batch) * shape.query_len + p.token(row)) * width +
+        (tile.head + p.head_in_pack(row)) * shape.value_dim;
+    // The rows of one head in a pack stand for rows that are as much closer to each other.
+    store_rows<kO / 4>(out, width >> p.pack_log2, p.rows() - row, shape.value_dim, lane,
                        [&](int j, int half) { return output(j, half, inverse); });
   }
 };

@@ -138,7 +138,7 @@ struct Problem {
     s.query_len = draw.one_in(4) ? 64 * draw.from(1, longest / 64) : draw.from(1, longest);
     s.kv_len = draw.one_in(3) ? s.query_len : draw.from(1, longest + longest / 2);
     s.kv_heads = draw.from(1, 2);
-    s.query_heads = s.kv_heads * draw.from(1, 3);
+    s.query_heads = s.kv_heads * (draw.one_in(3) ? 4 * draw.from(1, 4) : draw.from(1, 3));
     const int smallest = HEAD_DIM > 192 ? 200 : HEAD_DIM / 2 + 8;
     s.head_dim = draw.one_in(2) ? HEAD_DIM : 8 * draw.from(smallest / 8, HEAD_DIM / 8);
     s.value_dim = draw.one_in(2) ? s.head_dim : 8 * draw.from(1, HEAD_DIM / 8);

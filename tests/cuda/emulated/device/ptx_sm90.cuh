@@ -34,17 +34,18 @@ inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t b
   start_load(barrier, bytes, [=] { std::memcpy(at(shared, bytes), global, bytes); });
 }
 
-// ---- Boxes of tensors, [rows of the box][64 columns] in the 128-byte swizzle in shared memory
+// ---- Boxes of tensors, [rows of the box][its heads][64 columns] in the 128-byte swizzle in shared memory
 struct Box {
   CUtensorMap map;
   uint32_t shared;
   int64_t x[4];
 
-  int rows() const { return int(map.box[2]); }
+  int rows() const { return int(map.box[2] * map.box[1]); }  // of 128 bytes
   int bytes() const { return rows() * 128; }
   // Where an element lies in global memory; null past an end.
   char* global(int row, int col) const {
-    const int64_t place[4] = {x[0] + col, x[1], x[2] + row, x[3]};
+    const int64_t heads = map.box[1];
+    const int64_t place[4] = {x[0] + col, x[1] + row % heads, x[2] + row / heads, x[3]};
     char* p = map.data;
     for (int i = 0; i < 4; ++i) {
       if (place[i] < 0 || place[i] >= map.sizes[i]) return nullptr;
@@ -61,7 +62,7 @@ struct Box {
 };
 inline Box make_box(uint32_t shared, const CUtensorMap* map, int x0, int x1, int x2, int x3) {
   if (shared % 128 != 0) emulated::fail("a box at shared address %u is not aligned", shared);
-  if (map->box[1] != 1 || map->box[3] != 1) emulated::fail("a box is of one head");
+  if (map->box[3] != 1) emulated::fail("a box is of one sequence");
   return {*map, shared, {x0, x1, x2, x3}};
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
