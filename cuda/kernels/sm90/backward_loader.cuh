@@ -60,21 +60,13 @@ struct BackwardLoader {
   JF2_DEVICE void tell_end() const {
     if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
   }
-  // load_rows, unrolled.
-  static JF2_DEVICE void load(uint32_t shared, int panel_bytes, int panels, const CUtensorMap* map,
-                              uint32_t full, int head, int row, int batch) {
-    for (int panel = 0; panel < panels; ++panel)
-      ptx::tma_load_4d(shared + panel * panel_bytes, map, full, panel * kPanelCols, head, row,
-                       batch);
-  }
   JF2_DEVICE void load_keys(const KeyBlock& block, typename Smem::KV tile, const CUtensorMap* map,
                             uint32_t full) const {
     using KV = typename Smem::KV;
     if (!leads()) return;
     if (block.steps == 0) return ptx::mbarrier_arrive(full);
     ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
-    load(tile.base, KV::kPanelBytes, KV::kPanels, map, full, block.kv_head,
-         block.key_block * kTiles.block_k(), block.batch);
+    load_rows(tile, map, full, block.kv_head, block.key_block * kTiles.block_k(), block.batch);
   }
   // Q, dO, LSE and D of the next step, into a stage that is empty.
   JF2_DEVICE void load_step(const KeyBlock& block, StepCursor<kTiles>& step) {
@@ -84,13 +76,12 @@ struct BackwardLoader {
     ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
     if (leads()) {
       const uint32_t full = smem.step_full(stage.slot());
-      const uint32_t q = smem.q(stage.slot()).base, dout = smem.dout(stage.slot()).base;
       const uint32_t lse = smem.lse(stage.slot()).base, delta = smem.delta(stage.slot()).base;
       const char* terms =
           p.row_terms + step.padded_row(p, block.batch) / kTermTile * 2 * kTermBytes;
       ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermTiles * kTermBytes));
-      load(q, Q::kPanelBytes, Q::kPanels, q_map, full, step.head, step.row, block.batch);
-      load(dout, Q::kPanelBytes, Q::kPanels, dout_map, full, step.head, step.row, block.batch);
+      load_rows(smem.q(stage.slot()), q_map, full, step.head, step.row, block.batch);
+      load_rows(smem.dout(stage.slot()), dout_map, full, step.head, step.row, block.batch);
 #pragma unroll
       for (int i = 0; i < kTermTiles; ++i, terms += 2 * kTermBytes) {
         ptx::bulk_load(lse + i * Smem::Terms::kPanelBytes, terms, kTermBytes, full);
