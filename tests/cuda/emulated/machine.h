@@ -107,7 +107,6 @@ struct Block {
   std::map<int, int> store_groups;  // of a thread: the one that is not committed yet
   std::vector<uint8_t> memory;      // while another block runs
   int live;                         // threads
-  int quiet = 0;                    // rounds in which nothing could happen
 };
 
 // ---- The machine

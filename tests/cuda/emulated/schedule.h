@@ -76,8 +76,8 @@ inline bool run_engines(Block& block) {
   return busy;
 }
 
-// Every warp that is not passed over runs until it waits.
-inline void run_round(Block& block) {
+// Every warp that is not passed over runs until it waits. True if something happened.
+inline bool run_round(Block& block) {
   std::vector<int> order(block.warps.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
   std::shuffle(order.begin(), order.end(), machine.random);
@@ -94,8 +94,10 @@ inline void run_round(Block& block) {
     }
   }
   const bool busy = run_engines(block);
-  block.quiet = moved || busy ? 0 : block.quiet + 1;
-  if (block.quiet < 100) return;
+  return moved || busy;
+}
+
+[[noreturn]] inline void fail_deadlocked(const Block& block) {
   std::string waiting;
   for (size_t i = 0; i < block.fibers.size(); ++i) {
     if (!block.fibers[i].done && (i % 32 == 0 || block.fibers[i - 1].done))
@@ -122,6 +124,8 @@ inline void run_grid(unsigned blocks, int threads, int shared_bytes, std::functi
   machine.static_memory = nullptr;
   const size_t places = shared_bytes == 0 ? 1 : machine.multiprocessors;
   std::vector<std::unique_ptr<Block>> running;
+  constexpr size_t kPatience = 2000;  // rounds of each block
+  size_t quiet = 0;
   unsigned next = 0;
   while (next < blocks || !running.empty()) {
     while (next < blocks && running.size() < places)
@@ -130,8 +134,11 @@ inline void run_grid(unsigned blocks, int threads, int shared_bytes, std::functi
     Block& block = *running[place];
     machine.block = &block;
     std::copy(block.memory.begin(), block.memory.end(), jax_flash2::sm90::shared);
-    for (int rounds = machine.random() % 200; rounds >= 0 && block.live > 0; --rounds)
-      run_round(block);
+    for (int rounds = machine.random() % 200; rounds >= 0 && block.live > 0; --rounds) {
+      // What happens in a block may be what another one waits for.
+      if (run_round(block)) quiet = 0;
+      else if (++quiet > kPatience * running.size()) fail_deadlocked(block);
+    }
     std::copy_n(jax_flash2::sm90::shared, shared_bytes, block.memory.begin());
     if (block.live > 0) continue;
     end_block(block);
