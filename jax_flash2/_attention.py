@@ -60,7 +60,7 @@ def attention(
       backward: "fused" takes five matrix products, and on a GPU adds dQ by atomics, so that its
         last bits may differ between runs; "deterministic" takes five, in a fixed order; "split"
         takes seven, in no more memory than the gradients. "auto" is the fastest for the call.
-        On Hopper "deterministic" takes seven as well, "fused" from head dim 129 on: it is faster.
+        On Hopper a faster one that repeats as well may serve for it: see `which_kernels`.
       implementation: None is the best kernel that the platform has; "cuda_sm80" the CUDA kernels
         that every GPU since Ampere runs, where the GPU has faster ones too; "xla" the plain
         definition in jax.numpy, with O(T * S) memory. The last two are for comparison.

@@ -109,7 +109,7 @@ def backward_results(q, k, v, mode):
     splits = _group_splits(math.prod(batch), t, s, n, k_heads)
     t_padded = _round_up(t, TOKEN_TILE)
     accum_dim = 0 if mode == "split" else _round_up(h, HEAD_DIM_TILE)
-    semaphores = t_padded // SEMAPHORE_ROWS if mode == "deterministic" else 0
+    semaphores = 0 if mode == "split" else t_padded // SEMAPHORE_ROWS
     return (
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
         jax.ShapeDtypeStruct((*batch, n, ROW_STATS, t_padded), stats_dtype(q.dtype)),
@@ -217,8 +217,8 @@ def instruction_set() -> str:
 
 
 def select(q, k, v, spec, capability):
-    """{pass: {"family", "head_dim", "reason"}, "split": does the backward work as that mode?} of a
-    call on a GPU of that compute capability."""
+    """{pass: {"family", "head_dim", "reason"}, "mode": how the backward works} of a call on a
+    GPU of that compute capability."""
     major, minor = capability
     if not _cuda.select_code(major, minor):
         archs = ", ".join(map(str, _cuda.build_info()["archs"]))

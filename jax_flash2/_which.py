@@ -27,8 +27,8 @@ class Kernels(NamedTuple):
     forward: Kernel
     backward: Kernel
     mode: str | None
-    """How the backward works: "fused", "deterministic" or "split", which on Hopper also serves
-    where another was asked for; None for "xla"."""
+    """How the backward works: "fused", "deterministic" or "split", on Hopper not always as asked:
+    where another is faster, and no less repeatable, it serves; None for "xla"."""
 
 
 def which_kernels(query, key, value, *, device=None, **arguments) -> Kernels:
@@ -65,8 +65,7 @@ def which_kernels(query, key, value, *, device=None, **arguments) -> Kernels:
         host = Kernel("cpu", None, f"platform cpu; instruction set {_ffi.instruction_set()}")
         return Kernels(host, host, spec.backward)
     chosen = _ffi.select(query, key, value, spec, capability)
-    mode = "split" if chosen["split"] else spec.backward
-    return Kernels(Kernel(**chosen["forward"]), Kernel(**chosen["backward"]), mode)
+    return Kernels(Kernel(**chosen["forward"]), Kernel(**chosen["backward"]), chosen["mode"])
 
 
 def _locate(device):

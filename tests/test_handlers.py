@@ -164,7 +164,6 @@ def test_shapes_are_checked(name, changes, message):
         ),
         ("backward", {"backward": "auto"}, "backward should be fused, deterministic or"),
         ("backward", {"backward": "split"}, "dq_accum should be"),
-        ("backward", {"backward": "fused"}, "semaphores should be"),
         ("forward", {"family": "sm70"}, "family should be auto or sm80, got sm70"),
         ("forward", {"band_lower": 0.5}, "Wrong .* type"),
         ("forward", {"bias": 1}, "Wrong number of attributes"),

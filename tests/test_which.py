@@ -84,10 +84,15 @@ def test_on_hopper():
         kernels = on_gpu(*arrays(dtype))
         assert kernels.backward == kernels.forward
         for mode in ("deterministic", "split"):
-            fixed = on_gpu(*arrays(dtype), backward=mode)
-            assert fixed == kernels._replace(mode="split" if has_sm90 else mode)
-    for h, mode in ((64, "fused"), (128, "fused"), (192, "split"), (256, "split")):
-        assert on_gpu(*arrays(h=h)).mode == (mode if has_sm90 else "fused")
+            assert on_gpu(*arrays(dtype), backward=mode) == kernels._replace(mode=mode)
+    for mode, h, s, on_sm90 in (
+        ("fused", 64, 1024, "deterministic"),
+        ("fused", 128, 1025, "fused"),
+        ("deterministic", 128, 1025, "deterministic"),
+        ("fused", 192, 1025, "split"),
+        ("deterministic", 256, 1024, "split"),
+    ):
+        assert on_gpu(*arrays(h=h, s=s), backward=mode).mode == (on_sm90 if has_sm90 else mode)
     single = on_gpu(*arrays("float32")).forward
     assert (single.family, single.head_dim) == ("sm80", 64)
     assert on_gpu(*arrays(s=0)).forward == ("sm80", 64, "there are no keys")

@@ -115,7 +115,7 @@ struct BackwardProblem {
   // Workspaces: declared results, so that XLA plans their memory; uninitialised on entry.
   void* row_stats;  // [B, N, kRowStats, Tp] as lse; Tp = round_up(T, kTokenTile); see RowStat
   void* dq_accum;   // [B, N, Tp, Hp] float32 (Hp = round_up(H, kHeadDimTile)); null in split mode
-  int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null unless deterministic
+  int32_t* semaphores;  // [B, N, Tp / kSemaphoreRows]; null in split mode
   float* dkv_partial;  // [B, group_splits, S, K, H + Hv]: shares of dK and dV; null if there is one
   int group_splits;    // parts of a group, a divisor of N / K; 1 where a thread block does it whole
   int32_t* queues;     // [B, kQueues], a workspace: of persistent kernels; see Queue

@@ -19,6 +19,9 @@ JF2_DEVICE float* dq_lane(float* piece, int lane) { return piece + lane * 4; }
 JF2_DEVICE void add_dq(float* place, const float (&c)[4]) {
   ptx::red_add_f32x4(place, make_float4(c[0], c[1], c[2], c[3]));
 }
+JF2_DEVICE void put_dq(float* place, const float (&c)[4]) {
+  *reinterpret_cast<float4*>(place) = make_float4(c[0], c[1], c[2], c[3]);
+}
 JF2_DEVICE void read_dq(const float* place, float (&c)[4]) {
   const float4 x = *reinterpret_cast<const float4*>(place);
   c[0] = x.x, c[1] = x.y, c[2] = x.z, c[3] = x.w;
@@ -31,6 +34,10 @@ JF2_DEVICE float* dq_lane(float* piece, int lane) { return piece + lane; }
 JF2_DEVICE void add_dq(float* place, const float (&c)[4]) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) ptx::red_add_f32(place + e * 32, c[e]);
+}
+JF2_DEVICE void put_dq(float* place, const float (&c)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) place[e * 32] = c[e];
 }
 JF2_DEVICE void read_dq(const float* place, float (&c)[4]) {
 #pragma unroll

@@ -182,6 +182,18 @@ JF2_DEVICE int ld_acquire(const int* global) {
   asm volatile("ld.global.acquire.gpu.s32 %0, [%1];\n" : "=r"(x) : "l"(global) : "memory");
   return x;
 }
+JF2_DEVICE void wait_for(const int* global, int x) {
+  asm volatile(
+      "{\n.reg .pred same;\n.reg .s32 now;\n"
+      "WAIT:\n"
+      "ld.acquire.gpu.global.s32 now, [%0];\n"
+      "setp.eq.s32 same, now, %1;\n"
+      "@same bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n" ::"l"(global),
+      "r"(x)
+      : "memory");
+}
 JF2_DEVICE void red_release_add(int* global, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(global), "r"(x) : "memory");
 }

@@ -98,7 +98,7 @@ nb::dict select_both(int64_t batch, int query_len, int kv_len, int query_heads, 
   nb::dict both;
   both["forward"] = describe(select<ForwardProblem>(shape, dtype, spec, major));
   both["backward"] = describe(backward);
-  both["split"] = backward.split;
+  both["mode"] = name_of(backward.mode);
   return both;
 }
 

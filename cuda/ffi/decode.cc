@@ -201,9 +201,10 @@ Status decode_precision(std::string_view text, Precision& precision) {
 }
 
 Status decode_mode(std::string_view text, BackwardMode& mode) {
-  if (text == "fused") return mode = BackwardMode::kFused, Status();
-  if (text == "deterministic") return mode = BackwardMode::kDeterministic, Status();
-  if (text == "split") return mode = BackwardMode::kSplit, Status();
+  for (BackwardMode named :
+       {BackwardMode::kFused, BackwardMode::kDeterministic, BackwardMode::kSplit}) {
+    if (text == name_of(named)) return mode = named, Status();
+  }
   return wrong("backward", "fused, deterministic or split", std::string(text));
 }
 
@@ -300,15 +301,16 @@ Status decode(const BackwardBuffers& b, const AttentionSpec& spec, BackwardProbl
   if (Status s = decode_bounds(call, b.bounds, problem.band); !s.ok()) return s;
 
   const bool accumulates = problem.mode != BackwardMode::kSplit;
-  const bool ordered = problem.mode == BackwardMode::kDeterministic;
-  if (accumulates) problem.dq_accum = b.dq_accum.untyped_data();
-  if (ordered) problem.semaphores = static_cast<int32_t*>(b.semaphores.untyped_data());
+  if (accumulates) {
+    problem.dq_accum = b.dq_accum.untyped_data();
+    problem.semaphores = static_cast<int32_t*>(b.semaphores.untyped_data());
+  }
 
   const DataType data = call.data_type, stats = call.stats_type;
   const int64_t T = shape.query_len, N = shape.query_heads, S = shape.kv_len, K = shape.kv_heads;
   const int64_t H = shape.head_dim, Hv = shape.value_dim;
   const int64_t Tp = round_up(T, kTokenTile), Hp = accumulates ? round_up(H, kHeadDimTile) : 0;
-  const int64_t turns = ordered ? Tp / kSemaphoreRows : 0;
+  const int64_t turns = accumulates ? Tp / kSemaphoreRows : 0;
   // The buffer says into how many parts: a call that was batched after group_splits() chose has more
   // sequences than it knew of.
   const Dims partial = dims_of(b.dkv_partial);

@@ -34,6 +34,12 @@ struct DecodeBuffers {
   std::optional<AnyBuffer> page_table = std::nullopt;
 };
 
+constexpr const char* name_of(BackwardMode mode) {
+  return mode == BackwardMode::kFused   ? "fused"
+         : mode == BackwardMode::kSplit ? "split"
+                                        : "deterministic";
+}
+
 // A dtype by its name, and the attributes alone: for who has no buffers.
 Status decode(std::string_view name, DType& dtype);
 Status decode(const AttentionSpec& spec, ForwardProblem& problem);

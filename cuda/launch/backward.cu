@@ -32,25 +32,25 @@ Status zero_gradients(const BackwardProblem& problem, size_t element, cudaStream
 }
 
 template <typename Element>
-Status run(BackwardProblem problem, cudaStream_t stream) {
+Status run(BackwardProblem problem, const Selection& selection, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   // Where nobody sees anything there is nothing to launch.
   if (shape.query_len == 0 || shape.kv_len == 0 || problem.band.lower > problem.band.upper) {
     return zero_gradients(problem, sizeof(Element), stream);
   }
-  int major = 0;
-  Selection selection;
-  if (Status s = compute_capability_major(major); !s.ok()) return s;
-  if (Status s = select(problem, major, selection); !s.ok()) return s;
-  if (selection.split) problem.dq_accum = nullptr, problem.semaphores = nullptr;
+  if (selection.mode == BackwardMode::kSplit) problem.dq_accum = nullptr;
+  if (selection.mode != BackwardMode::kDeterministic) problem.semaphores = nullptr;
+  // Where Hopper sums dQ in a fixed order, what comes first takes the place of zeros.
+  BackwardProblem zeroed = problem;
+  if (selection.sm90 && problem.semaphores != nullptr) zeroed.dq_accum = nullptr;
   const int64_t tiles =
       shape.batch * shape.query_heads * (round_up(shape.query_len, kTokenTile) / kTokenTile);
   const LaunchConfig preprocess = {.blocks = tiles * (kTokenTile / kPreprocessRows),
                                    .threads = kPreprocessThreads,
                                    .shared_bytes = 0,
                                    .stream = stream};
-  if (Status s = selection.sm90 ? launch<preprocess_kernel<Element, true>>(preprocess, problem)
-                                : launch<preprocess_kernel<Element, false>>(preprocess, problem);
+  if (Status s = selection.sm90 ? launch<preprocess_kernel<Element, true>>(preprocess, zeroed)
+                                : launch<preprocess_kernel<Element, false>>(preprocess, zeroed);
       !s.ok()) {
     return s;
   }
@@ -73,7 +73,7 @@ Status run(BackwardProblem problem, cudaStream_t stream) {
       return s;
     }
   }
-  if (selection.split) return {};
+  if (problem.dq_accum == nullptr) return {};
   return launch<postprocess_kernel<Element>>(
       {.blocks = tiles * (kTokenTile / (kPostprocessWarps * 16)),
        .threads = kPostprocessWarps * 32,
@@ -85,13 +85,17 @@ Status run(BackwardProblem problem, cudaStream_t stream) {
 }  // namespace
 
 Status backward(const BackwardProblem& problem, cudaStream_t stream) {
+  int major = 0;
+  Selection selection;
+  if (Status s = compute_capability_major(major); !s.ok()) return s;
+  if (Status s = select(problem, major, selection); !s.ok()) return s;
   switch (problem.dtype) {
     case DType::kFloat16:
-      return run<__half>(problem, stream);
+      return run<__half>(problem, selection, stream);
     case DType::kBFloat16:
-      return run<__nv_bfloat16>(problem, stream);
+      return run<__nv_bfloat16>(problem, selection, stream);
     case DType::kFloat32:
-      return run<float>(problem, stream);
+      return run<float>(problem, selection, stream);
     case DType::kFloat64:
       break;
   }

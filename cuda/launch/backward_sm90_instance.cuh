@@ -13,21 +13,31 @@
 
 namespace jax_flash2::gpu {
 
-// Full attention: head by head. Under a causal mask the first blocks have the most to do and go first,
-// over so many heads at once that the blocks of a head stay abreast of each other, on queries that are
-// still in L2: a block begins at its diagonal, so the next one of its head should begin when it is a
-// block further. While a block works through its rows, all of the `running` start once. Measured, twice
+// Out of order, full attention goes head by head. Under a causal mask the first blocks have the most to do
+// and go first, over so many heads at once that the blocks of a head stay abreast of each other, on queries
+// that are still in L2: a block begins at its diagonal, so the next one of its head should begin when it is
+// a block further. While a block works through its rows, all of the `running` start once. Measured, twice
 // as many heads are better, but for heads of few blocks.
+//
+// In a fixed order, a block that begins when the one before is two blocks of rows ahead never waits for it;
+// from diagonals, half a block does. More heads at once would leave L2.
 inline sm90::BlockOrder block_order(const BackwardProblem& problem, int block_k, int64_t running) {
   const Shape& s = problem.shape;
   const int heads = static_cast<int>(s.batch * s.kv_heads * problem.group_splits);
   const int key_blocks = static_cast<int>(round_up(s.kv_len, block_k) / block_k);
-  if (problem.band.upper >= kUnbounded) return {key_blocks, heads, 1};
-  double rows = s.query_len / 2.0;  // of a block, about
+  const bool fixed = problem.semaphores != nullptr, full = problem.band.upper >= kUnbounded;
+  if (full && !fixed) return {key_blocks, heads, 1, false};
+  double rows = s.query_len / (full ? 1.0 : 2.0);  // of a block, about
   if (problem.band.lower > -kUnbounded)
     rows = std::min(rows, double(problem.band.upper) - problem.band.lower + block_k);
-  const double abreast = (key_blocks < 16 ? 1 : 2) * running * block_k / std::max(rows, 1.0);
-  return {key_blocks, heads, static_cast<int>(std::clamp(std::round(abreast), 1.0, double(heads)))};
+  double apart = key_blocks < 16 ? 1 : 2;  // blocks of rows
+  if (fixed) {
+    rows *= s.group() / problem.group_splits;
+    apart = full ? 2 : 0.5;
+  }
+  const double abreast = apart * running * block_k / std::max(rows, 1.0);
+  const int section = static_cast<int>(std::clamp(std::round(abreast), 1.0, double(heads)));
+  return {key_blocks, heads, section, fixed};
 }
 
 // Tensor maps in boxes of so many queries and keys.
@@ -79,6 +89,7 @@ Status launch_key_blocks(const BackwardProblem& problem, cudaStream_t stream) {
       .dk = problem.dk,
       .dv = problem.dv,
       .dkv_partial = problem.dkv_partial,
+      .semaphores = problem.semaphores,
       .next_block = problem.queues + kKeyBlocks,
   };
   const LaunchConfig config = {

@@ -35,7 +35,6 @@ const char* why_not_sm90(const Problem& problem, int major) {
 
 Status select(const Shape& shape, const char* obstacle, Selection& selection) {
   selection.sm90 = obstacle == nullptr;
-  selection.split = false;
   selection.reason = obstacle != nullptr ? obstacle : "float16 or bfloat16 on a Hopper";
   return select_head_dim(shape, selection);
 }
@@ -48,12 +47,12 @@ Status select(const ForwardProblem& problem, int major, Selection& selection) {
 
 Status select(const BackwardProblem& problem, int major, Selection& selection) {
   if (Status s = select(problem.shape, why_not_sm90(problem, major), selection); !s.ok()) return s;
-  // On Hopper a kernel of its own is also the fastest way to dQ in a fixed order.
-  selection.split = problem.mode == BackwardMode::kSplit;
-  if (selection.sm90 && !selection.split) {
-    selection.split = problem.mode == BackwardMode::kDeterministic ||
-                      !sm90::backward_tiles(selection.head_dim).fuses_dq();
-  }
+  selection.mode = problem.mode;
+  if (!selection.sm90 || problem.mode == BackwardMode::kSplit) return {};
+  // Measured (benchmarks/RESULTS.md): the zeros that sums in any order start from take longer than turns.
+  constexpr int kFewKeys = 1024;
+  if (problem.shape.kv_len <= kFewKeys) selection.mode = BackwardMode::kDeterministic;
+  if (!sm90::backward_tiles(selection.head_dim).fuses_dq()) selection.mode = BackwardMode::kSplit;
   return {};
 }
 

@@ -18,7 +18,7 @@ struct Selection {
   bool sm90;           // the kernels made for Hopper; else those of every GPU since Ampere
   int head_dim;        // the smallest of kHeadDims that holds H and Hv
   const char* reason;  // for or against Hopper's
-  bool split;          // backward: dQ comes from a kernel of its own, without dq_accum
+  BackwardMode mode = {};  // how the backward works, which need not be what was asked for
 };
 
 // `major` is that of the device's compute capability. Fails where no head dim is large enough.

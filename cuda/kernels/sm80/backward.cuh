@@ -353,10 +353,7 @@ JF2_DEVICE void backward_block(const BackwardProblem& problem, const BackwardPla
         // The key blocks before this one that see the rows; all blocks agree, since keys_of and
         // rows_of are exact.
         const int before = work.block - band.keys_of(tile_rows).begin / kBlockK;
-        if (ptx::thread_index() == 0) {
-          while (ptx::ld_acquire(turn) != before) {
-          }
-        }
+        if (ptx::thread_index() == 0) ptx::wait_for(turn, before);
         __syncthreads();  // the sums of the blocks before are visible to every thread
       }
       const int padded_dim = int(round_up(ptx::opaque(shape.head_dim), kHeadDimTile));

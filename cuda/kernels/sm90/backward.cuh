@@ -14,9 +14,10 @@
 //     d  S of the next step, and dK += dS^T Q. S arrives, and its exponentials run under dK.
 //     Where dK and dV of 64 keys are too much for one, they share the keys (backward_matrices.cuh): one
 //     does a and dV, the other b, c and dK.
-//   4 A warpgroup of its own multiplies dQ = dS K and adds it to float32 sums in global memory. Additions
-//     wait where memory is busy; the loader, a warpgroup apart, does not wait with them. Where dQ has a
-//     kernel of its own (split_dq.cuh), there is no such warpgroup, and dS stays in registers.
+//   4 A warpgroup of its own multiplies dQ = dS K and adds it to float32 sums in global memory, in a fixed
+//     order if asked to (backward_turns.cuh). Additions wait where memory is busy; the loader, a warpgroup
+//     apart, does not wait with them. Where dQ has a kernel of its own (split_dq.cuh), there is no such
+//     warpgroup, and dS stays in registers.
 //   5 At the end dV and dK leave through a tile of their own, or those of dS or P, while the next block's
 //     K and V arrive.
 #pragma once
@@ -25,6 +26,7 @@
 #include "kernels/sm90/backward_keys.cuh"
 #include "kernels/sm90/backward_loader.cuh"
 #include "kernels/sm90/backward_matrices.cuh"
+#include "kernels/sm90/backward_turns.cuh"
 
 namespace jax_flash2::sm90 {
 
@@ -45,11 +47,14 @@ __global__ void __launch_bounds__(backward_threads(kHasDq), 1)
   const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / 128);
   if (thread == 0) {
     constexpr int kWarps = 8, kWarpgroup = 4;  // of the consumers, of each warpgroup
+    const int turns = kHasDq && p.order.fixed ? 2 : 0;
     constexpr int kKeyWarps = Smem::kSharesMatrices ? kWarpgroup : kWarps;  // that read K, or V
     for (int i = 0; i < KeyBlock::kSlots; ++i) {
       ptx::mbarrier_init(smem.k_full(i), 1);
       ptx::mbarrier_init(smem.v_full(i), 1);
-      ptx::mbarrier_init(smem.block_empty(i), kWarps + (kHasDq ? kWarpgroup : 0));
+      // Each thread that reads the record tells itself, not a warp for its lanes: in a block without
+      // steps nothing else keeps them together.
+      ptx::mbarrier_init(smem.block_empty(i), (kWarps + (kHasDq ? kWarpgroup : 0) + turns) * 32);
     }
     ptx::mbarrier_init(smem.k_empty(), kHasDq ? kWarpgroup : kKeyWarps);  // dQ reads K last
     ptx::mbarrier_init(smem.v_empty(), kKeyWarps);
@@ -60,6 +65,8 @@ __global__ void __launch_bounds__(backward_threads(kHasDq), 1)
     for (int i = 0; i < Smem::kDsBuffers; ++i) {
       ptx::mbarrier_init(smem.ds_full(i), kWarps);
       ptx::mbarrier_init(smem.ds_empty(i), kWarpgroup);
+      ptx::mbarrier_init(smem.turn(i), 2);
+      ptx::mbarrier_init(smem.added(i), kWarpgroup);
     }
     ptx::mbarrier_init(smem.p_full(), kWarpgroup);
     ptx::mbarrier_init(smem.p_empty(), kWarpgroup);
@@ -73,8 +80,12 @@ __global__ void __launch_bounds__(backward_threads(kHasDq), 1)
   __syncthreads();  // barriers and terms stand
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<kTiles.loader_registers>();
-    if (ptx::uniform(thread / 32) == 0)
-      BackwardLoader<kTiles>{p, smem, &q_map, &k_map, &v_map, &dout_map}.run();
+    const int warp = ptx::uniform(thread / 32);
+    if (warp == 0) BackwardLoader<kTiles>{p, smem, &q_map, &k_map, &v_map, &dout_map}.run();
+    if constexpr (kHasDq) {
+      if (p.order.fixed && warp == 1) Turns<kTiles>{p, smem}.await();
+      if (p.order.fixed && warp == 2) Turns<kTiles>{p, smem}.tell();
+    }
   } else if (kHasDq && warpgroup == 3) {
     if constexpr (kHasDq) {
       ptx::setmaxnreg_dec<kTiles.dq_registers>();

@@ -15,11 +15,13 @@ struct DqWarp {
   const BackwardParams& p;
   const Smem smem;
 
-  // Adds dS K of a step to dQ. `release` follows the last product.
-  template <typename Release>
+  // Adds dS K of a step to the sums of dQ; in a fixed order, the first in turn puts it in their place.
+  // `release` follows the last product, and `await_turn` precedes the first addition.
+  template <typename Release, typename AwaitTurn>
   JF2_DEVICE void add_step(const KeyBlock& block, const StepCursor<kTiles>& now, int slot,
-                           int buffer, const Release& release) const {
+                           int buffer, const Release& release, const AwaitTurn& await_turn) const {
     const int thread = ptx::thread_index(), warp = thread / 32 % 4;
+    const bool puts = p.order.fixed && turn_of<kTiles>(block, now.row) == 0;
     const int padded_dim = int(round_up(ptx::opaque(p.shape.head_dim), kHeadDimTile));
     const int64_t row = now.padded_row(p, block.batch);
     float* const sums = dq_lane(p.dq_accum + (row + warp * 16) * padded_dim, thread % 32);
@@ -43,13 +45,15 @@ struct DqWarp {
 #pragma unroll
       for (float& x : dq) ptx::pin(x);
       if (part + 1 == kParts) release();
+      if (part == 0) await_turn();
       float* const to = sums + part_row * padded_dim;
 #pragma unroll
       for (int j = 0; j < kTiles.dq_cols / 8; ++j) {
         // H may be far less than the tile's head dim where Hv is not.
         if ((col + j * 8) / kHeadDimTile * kHeadDimTile >= padded_dim) break;
         const float (&c)[4] = *reinterpret_cast<const float (*)[4]>(&dq[j * 4]);
-        add_dq(to + (col / 8 + j) * kDqPiece, c);
+        float* const place = to + (col / 8 + j) * kDqPiece;
+        puts ? put_dq(place, c) : add_dq(place, c);
       }
     }
   }
@@ -75,13 +79,19 @@ JF2_DEVICE void multiply_dq(const BackwardParams& p, BackwardSmem<kTiles> smem) 
 #pragma unroll 1
     for (; now.left > 0; now.advance()) {
       ptx::mbarrier_wait(smem.ds_full(ds.slot()), ds.parity());
-      work.add_step(block, now, record.slot(), ds.slot(), [&]() __attribute__((always_inline)) {
-        arrive(smem.ds_empty(ds.slot()));
-        if (now.left == 1) arrive(smem.k_empty());
-      });
+      work.add_step(
+          block, now, record.slot(), ds.slot(),
+          [&]() __attribute__((always_inline)) {
+            arrive(smem.ds_empty(ds.slot()));
+            if (now.left == 1) arrive(smem.k_empty());
+          },
+          [&]() __attribute__((always_inline)) {
+            if (p.order.fixed) ptx::mbarrier_wait(smem.turn(ds.slot()), ds.parity());
+          });
+      if (p.order.fixed) arrive(smem.added(ds.slot()));
       ds.advance();
     }
-    arrive(smem.block_empty(record.slot()));
+    ptx::mbarrier_arrive(smem.block_empty(record.slot()));
     record.advance();
   }
 }

@@ -147,7 +147,7 @@ JF2_DEVICE void consume_keys(const BackwardParams& p, BackwardSmem<kTiles> smem)
       store_dv(smem.ds(ds.slot()));
       store_dk(smem.ds(ds.slot()));
     }
-    c.arrive(smem.block_empty(record.slot()));
+    ptx::mbarrier_arrive(smem.block_empty(record.slot()));
     record.advance();
   }
 }

@@ -18,16 +18,18 @@ struct BackwardLoader {
   RingPlace<KeyBlock::kSlots> record = {};  // of the block in hand
   RingPlace<1> keys = {};                   // its tiles of K and V
   RingPlace<kTiles.stages> stage = {};      // of the step to load next
+  int next = 0;                             // block in the queue; lane 0 knows it
 
   static JF2_DEVICE bool leads() { return (ptx::thread_index() & 31) == 0; }
 
   JF2_DEVICE void run() {
-    int index = blockIdx.x;
+    take();
 #pragma unroll 1
     while (true) {
-      open(index);
+      open();
       const KeyBlock& block = smem.blocks[record.slot()];
       if (!block.live) return tell_end();
+      if (block.steps == 0) take();
       StepCursor<kTiles> step(block);
       // The block before holds K and V to its last steps, whose stages come last, too.
       int early = min(step.left, kTiles.stages - 1);
@@ -39,22 +41,20 @@ struct BackwardLoader {
       load_keys(block, smem.v(record.slot()), v_map, smem.v_full(record.slot()));
 #pragma unroll 1
       while (step.left > 0) load_step(block, step);
-      index = block.next;
       record.advance();
       keys.advance();
     }
   }
 
  private:
-  // Opens the block with this index in the queue, and asks for the one after it, early, so that the
-  // round trip is over when that is opened.
-  JF2_DEVICE void open(int index) {
+  // Takes the next block from the queue, so that the round trip is over when it is opened, but no earlier:
+  // in a fixed order others may wait for it, and out of order it finds less in L2.
+  JF2_DEVICE void take() {
+    if (leads()) next = atomicAdd(p.next_block, 1);
+  }
+  JF2_DEVICE void open() {
     ptx::mbarrier_wait(smem.block_empty(record.slot()), record.parity() ^ 1);
-    if (leads()) {
-      KeyBlock& block = smem.blocks[record.slot()];
-      fill_block<kTiles>(block, p, index);
-      block.next = block.live ? atomicAdd(p.next_block, 1) + int(gridDim.x) : index;
-    }
+    if (leads()) fill_block<kTiles>(smem.blocks[record.slot()], p, next);
     __syncwarp();  // the record is there for this warp; the others wait for K
   }
   JF2_DEVICE void tell_end() const {
@@ -73,6 +73,7 @@ struct BackwardLoader {
     using Q = typename Smem::Q;
     constexpr int kTermTiles = kTiles.block_q / kTermTile;
     static_assert(kTermTiles * kTermTile == kTiles.block_q, "a step takes whole tiles of terms");
+    if (step.left == 1) take();
     ptx::mbarrier_wait(smem.step_empty(stage.slot()), stage.parity() ^ 1);
     if (leads()) {
       const uint32_t full = smem.step_full(stage.slot());

@@ -113,7 +113,7 @@ JF2_DEVICE void consume_matrices(const BackwardParams& p, BackwardSmem<kTiles> s
     } else {
       c.store_gradient(block, d, {p.dk, p.scale, p.shape.head_dim, 0}, smem.staging());
     }
-    c.arrive(smem.block_empty(record.slot()));
+    ptx::mbarrier_arrive(smem.block_empty(record.slot()));
     record.advance();
   }
 }

@@ -12,10 +12,14 @@ namespace jax_flash2::sm90 {
 
 // The order in which key blocks are handed out: inside a section of heads all first blocks, then all
 // second blocks, ... A head here is a part of the query heads of a group (group_splits).
+//
+// Where dQ is summed in a fixed order, the last blocks go first, each walks over its query tiles upwards,
+// and on a tile a block adds after all those that were handed out before it.
 struct BlockOrder {
   int key_blocks;  // a head
   int heads;       // B * K * group_splits
   int section_heads;
+  bool fixed;
 
   struct Block {
     int head, key_block;
@@ -25,7 +29,8 @@ struct BlockOrder {
     const int first = i / (section_heads * key_blocks) * section_heads;
     const int width = min(section_heads, heads - first);
     const int rest = i - first * key_blocks;
-    return {first + rest % width, rest / width};
+    const int block = rest / width;
+    return {first + rest % width, fixed ? key_blocks - 1 - block : block};
   }
 };
 
@@ -46,7 +51,8 @@ struct BackwardParams {
   void* dk;               // [B, S, K, H]
   void* dv;               // [B, S, K, Hv]
   float* dkv_partial;     // [B, group_splits, S, K, H + Hv]; null where a block has a whole group
-  int* next_block;        // the queue: blocks handed out beyond the first of each thread block
+  int* semaphores;        // [B, N, Tp / kSemaphoreRows], key blocks whose dQ is added, or null
+  int* next_block;        // the queue: blocks handed out
 };
 
 // One key block and the query tiles that see it. The loader works it out and leaves it in shared memory.
@@ -60,7 +66,6 @@ struct alignas(16) KeyBlock {
   Range keys;  // of the block, those that some query sees
   Range rows;  // of the sequence, those that see some key
   bool live;   // false: the queue is empty
-  int next;    // index in the queue of the block that follows
 
   static constexpr int kSlots = 2;
 };
@@ -90,6 +95,13 @@ JF2_DEVICE void fill_block(KeyBlock& block, const BackwardParams& p, int i) {
   block.first_row = seeing.begin / kQ * kQ;
   block.steps = seeing.empty() ? 0 : (seeing.end - block.first_row + kQ - 1) / kQ * block.heads;
   block.whole = {(seeing_all.begin + kQ - 1) / kQ * kQ, seeing_all.end / kQ * kQ};
+}
+
+// Where dQ is summed in a fixed order: how many blocks add to that of a query tile before this one.
+template <BackwardTiles kTiles>
+JF2_DEVICE int turn_of(const KeyBlock& block, int row) {
+  const Range keys = block.band.keys_of({row, row + kTiles.block_q});
+  return (keys.end - 1) / kTiles.block_k() - block.key_block;
 }
 
 // Walks over the steps of a key block: its query tiles from the first to the last, and of each its
@@ -135,7 +147,7 @@ struct BackwardSmem {
   static constexpr int kDelta = kLse + kTiles.stages * Terms::kBytes;
   static constexpr int kBarriers = kDelta + kTiles.stages * Terms::kBytes;
   static constexpr int kBarrierCount =
-      3 * KeyBlock::kSlots + 2 + 2 * kTiles.stages + 2 * kDsBuffers + 2;
+      3 * KeyBlock::kSlots + 2 + 2 * kTiles.stages + 4 * kDsBuffers + 2;
   static constexpr int kBlockRecords = (kBarriers + 8 * kBarrierCount + 15) / 16 * 16;
   static constexpr int kEnd = kBlockRecords + int(sizeof(KeyBlock)) * KeyBlock::kSlots;
   static constexpr int kAlignment = 1024, kLimit = 232448 - kAlignment;  // of the 227 KB of a block
@@ -177,9 +189,12 @@ struct BackwardSmem {
   // dS of a step is written; it has been read.
   JF2_DEVICE uint32_t ds_full(int i) const { return barrier(kScores + i); }
   JF2_DEVICE uint32_t ds_empty(int i) const { return barrier(kScores + kDsBuffers + i); }
+  // In a fixed order: it is a step's turn to add to dQ; it has added.
+  JF2_DEVICE uint32_t turn(int i) const { return barrier(kScores + 2 * kDsBuffers + i); }
+  JF2_DEVICE uint32_t added(int i) const { return barrier(kScores + 3 * kDsBuffers + i); }
   // P of a step is written for the warpgroup that has dS; it has been read.
-  JF2_DEVICE uint32_t p_full() const { return barrier(kScores + 2 * kDsBuffers); }
-  JF2_DEVICE uint32_t p_empty() const { return barrier(kScores + 2 * kDsBuffers + 1); }
+  JF2_DEVICE uint32_t p_full() const { return barrier(kScores + 4 * kDsBuffers); }
+  JF2_DEVICE uint32_t p_empty() const { return barrier(kScores + 4 * kDsBuffers + 1); }
 
  private:
   static constexpr int kSteps = 3 * KeyBlock::kSlots + 2, kScores = kSteps + 2 * kTiles.stages;

@@ -76,7 +76,7 @@ struct Backward {
     auto dkv_partial =
         unwritten<float>(parts == 1 ? 0 : problem.keys() * s.kv_heads * both * parts);
     std::vector<int32_t> queues(s.batch * kQueues, 77);
-    expect_ok(gpu::backward(
+    const BackwardProblem backward =
         {.shape = s,
          .dtype = problem.dtype(),
          .precision = Precision::kDefault,
@@ -96,11 +96,14 @@ struct Backward {
          .dv = got.dv.data(),
          .row_stats = row_stats.data(),
          .dq_accum = mode == BackwardMode::kSplit ? nullptr : dq_accum.data(),
-         .semaphores = mode == BackwardMode::kDeterministic ? semaphores.data() : nullptr,
+         .semaphores = mode == BackwardMode::kSplit ? nullptr : semaphores.data(),
          .dkv_partial = parts == 1 ? nullptr : dkv_partial.data(),
          .group_splits = parts,
-         .queues = queues.data()},
-        nullptr));
+         .queues = queues.data()};
+    gpu::Selection selection;
+    expect_ok(gpu::select(backward, 9, selection));
+    if (selection.mode == BackwardMode::kDeterministic) selection.mode = mode;  // however few keys
+    expect_ok(gpu::run<Element>(backward, selection, nullptr));
     return got;
   }
 };

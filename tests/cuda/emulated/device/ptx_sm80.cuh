@@ -71,6 +71,10 @@ inline void red_add_f32x4(float* global, float4 x) {
   const float terms[4] = {x.x, x.y, x.z, x.w};
   for (int i = 0; i < 4; ++i) global[i] += terms[i];
 }
+inline void wait_for(const int* global, int x) {
+  emulated::wait_until([&] { return *global == x; });
+}
+inline void red_release_add(int* global, int x) { *global += x; }
 
 // ---- Registers and arithmetic
 template <typename T>
