@@ -15,9 +15,9 @@
 namespace jax_flash2::gpu {
 
 struct Selection {
-  bool sm90;           // the kernels made for Hopper; else those of every GPU since Ampere
-  int head_dim;        // the smallest of kHeadDims that holds H and Hv
-  const char* reason;  // for or against Hopper's
+  bool sm90;               // the kernels made for Hopper; else those of every GPU since Ampere
+  int head_dim;            // the smallest of kHeadDims that holds H and Hv
+  const char* reason;      // for or against Hopper's
   BackwardMode mode = {};  // how the backward works, which need not be what was asked for
 };
 

@@ -207,10 +207,9 @@ struct Consumer {
   JF2_DEVICE void store_from_registers(const ForwardTile& tile, const float (&inverse)[2]) {
     const Shape& shape = p.shape;
     const int row = tile.row + row_in_tile(), width = shape.query_heads * shape.value_dim;
-    Element* const out =
-        static_cast<Element*>(p.out) +
-        (int64_t(tile.batch) * shape.query_len + p.token(row)) * width +
-        (tile.head + p.head_in_pack(row)) * shape.value_dim;
+    Element* const out = static_cast<Element*>(p.out) +
+                         (int64_t(tile.batch) * shape.query_len + p.token(row)) * width +
+                         (tile.head + p.head_in_pack(row)) * shape.value_dim;
     // The rows of one head in a pack stand for rows that are as much closer to each other.
     store_rows<kO / 4>(out, width >> p.pack_log2, p.rows() - row, shape.value_dim, lane,
                        [&](int j, int half) { return output(j, half, inverse); });

@@ -76,30 +76,30 @@ struct Backward {
     auto dkv_partial =
         unwritten<float>(parts == 1 ? 0 : problem.keys() * s.kv_heads * both * parts);
     std::vector<int32_t> queues(s.batch * kQueues, 77);
-    const BackwardProblem backward =
-        {.shape = s,
-         .dtype = problem.dtype(),
-         .precision = Precision::kDefault,
-         .mode = mode,
-         .family = Family::kAuto,
-         .scale = problem.scale,
-         .band = problem.mask.spec(),
-         .q = problem.q.data(),
-         .k = problem.k.data(),
-         .v = problem.v.data(),
-         .out = out.data(),
-         .lse = lse.data(),
-         .dout = dout.data(),
-         .dlse = dlse.data(),
-         .dq = got.dq.data(),
-         .dk = got.dk.data(),
-         .dv = got.dv.data(),
-         .row_stats = row_stats.data(),
-         .dq_accum = mode == BackwardMode::kSplit ? nullptr : dq_accum.data(),
-         .semaphores = mode == BackwardMode::kSplit ? nullptr : semaphores.data(),
-         .dkv_partial = parts == 1 ? nullptr : dkv_partial.data(),
-         .group_splits = parts,
-         .queues = queues.data()};
+    const BackwardProblem backward = {
+        .shape = s,
+        .dtype = problem.dtype(),
+        .precision = Precision::kDefault,
+        .mode = mode,
+        .family = Family::kAuto,
+        .scale = problem.scale,
+        .band = problem.mask.spec(),
+        .q = problem.q.data(),
+        .k = problem.k.data(),
+        .v = problem.v.data(),
+        .out = out.data(),
+        .lse = lse.data(),
+        .dout = dout.data(),
+        .dlse = dlse.data(),
+        .dq = got.dq.data(),
+        .dk = got.dk.data(),
+        .dv = got.dv.data(),
+        .row_stats = row_stats.data(),
+        .dq_accum = mode == BackwardMode::kSplit ? nullptr : dq_accum.data(),
+        .semaphores = mode == BackwardMode::kSplit ? nullptr : semaphores.data(),
+        .dkv_partial = parts == 1 ? nullptr : dkv_partial.data(),
+        .group_splits = parts,
+        .queues = queues.data()};
     gpu::Selection selection;
     expect_ok(gpu::select(backward, 9, selection));
     if (selection.mode == BackwardMode::kDeterministic) selection.mode = mode;  // however few keys

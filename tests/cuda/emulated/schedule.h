@@ -136,8 +136,10 @@ inline void run_grid(unsigned blocks, int threads, int shared_bytes, std::functi
     std::copy(block.memory.begin(), block.memory.end(), jax_flash2::sm90::shared);
     for (int rounds = machine.random() % 200; rounds >= 0 && block.live > 0; --rounds) {
       // What happens in a block may be what another one waits for.
-      if (run_round(block)) quiet = 0;
-      else if (++quiet > kPatience * running.size()) fail_deadlocked(block);
+      if (run_round(block))
+        quiet = 0;
+      else if (++quiet > kPatience * running.size())
+        fail_deadlocked(block);
     }
     std::copy_n(jax_flash2::sm90::shared, shared_bytes, block.memory.begin());
     if (block.live > 0) continue;
