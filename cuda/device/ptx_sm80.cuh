@@ -177,11 +177,8 @@ JF2_DEVICE void red_add_f32x4(float* global, float4 x) {
                : "memory");
 }
 #endif
-JF2_DEVICE int ld_acquire(const int* global) {
-  int x;
-  asm volatile("ld.global.acquire.gpu.s32 %0, [%1];\n" : "=r"(x) : "l"(global) : "memory");
-  return x;
-}
+// Until the counter is x. In PTX: a loop that the compiler sees may cost a whole kernel its uniform
+// registers.
 JF2_DEVICE void wait_for(const int* global, int x) {
   asm volatile(
       "{\n.reg .pred same;\n.reg .s32 now;\n"
