@@ -60,13 +60,22 @@ struct BackwardLoader {
   JF2_DEVICE void tell_end() const {
     if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
   }
+  // load_rows, unrolled: a loop here costs the warps of head dim 256 their uniform registers.
+  template <typename Tile>
+  static JF2_DEVICE void load(Tile tile, const CUtensorMap* map, uint32_t full, int head, int row,
+                              int batch) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * kPanelCols, head,
+                       row, batch);
+  }
   JF2_DEVICE void load_keys(const KeyBlock& block, typename Smem::KV tile, const CUtensorMap* map,
                             uint32_t full) const {
     using KV = typename Smem::KV;
     if (!leads()) return;
     if (block.steps == 0) return ptx::mbarrier_arrive(full);
     ptx::mbarrier_arrive_expect_tx(full, KV::kBytes);
-    load_rows(tile, map, full, block.kv_head, block.key_block * kTiles.block_k(), block.batch);
+    load(tile, map, full, block.kv_head, block.key_block * kTiles.block_k(), block.batch);
   }
   // Q, dO, LSE and D of the next step, into a stage that is empty.
   JF2_DEVICE void load_step(const KeyBlock& block, StepCursor<kTiles>& step) {
@@ -81,8 +90,8 @@ struct BackwardLoader {
       const char* terms =
           p.row_terms + step.padded_row(p, block.batch) / kTermTile * 2 * kTermBytes;
       ptx::mbarrier_arrive_expect_tx(full, 2 * (Q::kBytes + kTermTiles * kTermBytes));
-      load_rows(smem.q(stage.slot()), q_map, full, step.head, step.row, block.batch);
-      load_rows(smem.dout(stage.slot()), dout_map, full, step.head, step.row, block.batch);
+      load(smem.q(stage.slot()), q_map, full, step.head, step.row, block.batch);
+      load(smem.dout(stage.slot()), dout_map, full, step.head, step.row, block.batch);
 #pragma unroll
       for (int i = 0; i < kTermTiles; ++i, terms += 2 * kTermBytes) {
         ptx::bulk_load(lse + i * Smem::Terms::kPanelBytes, terms, kTermBytes, full);
