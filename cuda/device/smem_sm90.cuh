@@ -45,11 +45,11 @@ struct PanelTile {
   }
 };
 
-// Rows of one head, all panels of the tile.
-template <typename Tile>
+// Rows of one head, all panels of the tile, kUnroll of them a turn of the loop.
+template <int kUnroll = 1, typename Tile>
 JF2_DEVICE void load_rows(Tile tile, const CUtensorMap* map, uint32_t full, int head, int row,
                           int batch) {
-#pragma unroll 1
+#pragma unroll kUnroll
   for (int panel = 0; panel < Tile::kPanels; ++panel)
     ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * kPanelCols, head,
                      row, batch);

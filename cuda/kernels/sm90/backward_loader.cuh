@@ -60,14 +60,11 @@ struct BackwardLoader {
   JF2_DEVICE void tell_end() const {
     if (leads()) ptx::mbarrier_arrive(smem.k_full(record.slot()));
   }
-  // load_rows, unrolled: a loop here costs the warps of head dim 256 their uniform registers.
+  // Unrolled: a loop here costs the warps of head dim 256 their uniform registers.
   template <typename Tile>
   static JF2_DEVICE void load(Tile tile, const CUtensorMap* map, uint32_t full, int head, int row,
                               int batch) {
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel)
-      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * kPanelCols, head,
-                       row, batch);
+    load_rows<Tile::kPanels>(tile, map, full, head, row, batch);
   }
   JF2_DEVICE void load_keys(const KeyBlock& block, typename Smem::KV tile, const CUtensorMap* map,
                             uint32_t full) const {
